@@ -1,0 +1,1 @@
+"""Masks and pictures in plain torch. Imports nothing of the host."""

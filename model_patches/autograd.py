@@ -1,0 +1,52 @@
+"""Gradients through a model that the host has loaded and runs in inference mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def gradients_enabled() -> Iterator[None]:
+    """Records a graph although the host samples inside `torch.inference_mode()`.
+
+    Within it, tensors made in inference mode must go through `as_ordinary` before autograd may save them.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def as_ordinary(value: Any) -> Any:
+    """Copies the inference tensors in `value` (a tensor, or dicts, lists and tuples of them) into ordinary ones."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: as_ordinary(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(as_ordinary(item) for item in value)
+    return value
+
+
+def make_weights_ordinary(module: torch.nn.Module) -> None:
+    """Lets autograd save the weights of `module`, which the host has loaded in inference mode.
+
+    Autograd refuses inference tensors, and that is a property of the tensor, not of its memory: each weight is replaced
+    by an ordinary tensor over the same memory, so nothing is copied, values and addresses stay as they were, and results are
+    bit-identical. None of them requires a gradient. Quantised weights are left: the host unpacks them at each use. Call it
+    outside inference mode.
+    """
+    for child in module.modules():
+        for name, weight in child._parameters.items():
+            if type(weight) is torch.nn.Parameter and weight.is_inference():
+                child._parameters[name] = torch.nn.Parameter(_same_memory(weight), requires_grad=False)
+        for name, buffer in child._buffers.items():
+            if type(buffer) is torch.Tensor and buffer.is_inference():
+                child._buffers[name] = _same_memory(buffer)
+
+
+def _same_memory(tensor: torch.Tensor) -> torch.Tensor:
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

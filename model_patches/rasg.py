@@ -1,0 +1,149 @@
+"""Reweighting Attention Score Guidance: the noise of a stochastic sampler, replaced by a gradient of equal size.
+
+HD-Painter, section 3.4. The score S of a noisy latent says how well the prompt's cross-attention at 1/32 of the picture
+agrees with the hole (equations 8 and 9, with the signs and the shift of the released code); its normalised gradient
+takes the place of the noise in DDIM's step (equation 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import attention_pytorch
+
+from ..imaging.masks import hole_cells
+from .autograd import as_ordinary, gradients_enabled
+from .chunks import Chunk
+from .unet import Place, TransformerPlace
+
+FACTOR = 4
+"""Latent cells per grid cell where attention is read: 1/32 of the picture."""
+
+SHIFT = 1.0
+"""Subtracted from the attention scores before they are compared with the hole (released code, not in the paper)."""
+
+@dataclass(frozen=True, eq=False)
+class RASG:
+    """Settings of RASG. `eta` is DDIM's; `strength` the share of the noise that is replaced; percentages are of sampling;
+    `sigma` is "ddim" or "released" (see `stochastic.released_over_ddim`); `mask` [B, 1, H, W]."""
+
+    eta: float = 0.01
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    sigma: str = "ddim"
+    mask: torch.Tensor | None = None
+
+
+def attention_score(scores: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """S = - sum over tokens of the mean over pixels of BCE(sigmoid(a - 1), hole), summed over the batch (equation 9).
+
+    `scores` is [B, pixels, tokens], the mean of raw attention scores over layers and heads; `hole` bool [B, pixels].
+    """
+    target = hole[..., None].expand_as(scores).to(scores.dtype)
+    loss = F.binary_cross_entropy_with_logits(scores - SHIFT, target, reduction="none")
+    return -loss.mean(dim=1).sum()
+
+
+def normalized(gradient: torch.Tensor) -> torch.Tensor:
+    """`gradient` [B, C, H, W] divided by the standard deviation of each picture's; a zero gradient stays zero."""
+    deviation = gradient.flatten(1).std(dim=1).view(-1, 1, 1, 1)
+    return gradient / torch.where(deviation > 0, deviation, torch.ones_like(deviation))
+
+
+class RASGCall:
+    """RASG within one call of the UNet on conditional rows: eps as ever, and the gradient of S on the way."""
+
+    def __init__(
+        self, places: Sequence[TransformerPlace], chunks: Sequence[Chunk], hole: torch.Tensor, latent_channels: int
+    ):
+        self._modules = {t.place: t.module for t in places if t.factor == FACTOR and t.module.attn2 is not None}
+        self._last = list(self._modules)[-1]
+        self._chunks = chunks
+        self._hole = hole
+        self._latent_channels = latent_channels
+        self._scores: dict[int, torch.Tensor] = {}
+        self._latent = torch.empty(0)
+        self._dtype = torch.float32
+        self.gradient = torch.empty(0)
+        """After the call: dS / dz, float32 [rows, C, h, w]."""
+
+    def run(
+        self,
+        unet: Any,
+        x: torch.Tensor,
+        arguments: Sequence[Any],
+        keywords: dict[str, Any],
+        transformer_options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Runs `unet(x, *arguments, transformer_options, **keywords)` and returns its output, detached.
+
+        The graph ends at the last block at 1/32: the backward pass runs there and then, before the expensive fine output
+        blocks, which record nothing. Raises RuntimeError where the gradient is not finite.
+        """
+        self._dtype = x.dtype
+        with gradients_enabled():
+            self._latent = x[:, : self._latent_channels].float().clone().requires_grad_()
+            rest = as_ordinary(x[:, self._latent_channels :].clone())
+            inputs = torch.cat((self._latent.to(x.dtype), rest), dim=1)
+            self._install(transformer_options)
+            output = unet(inputs, *as_ordinary(list(arguments)), transformer_options, **as_ordinary(keywords))
+        return output.detach()
+
+    def _install(self, transformer_options: dict[str, Any]) -> None:
+        patches = dict(transformer_options.get("patches", {}))
+        patches["attn2_patch"] = [*patches.get("attn2_patch", []), self._read_scores]
+        transformer_options["patches"] = patches
+        override = _differentiable(transformer_options.get("optimized_attention_override"))
+        transformer_options["optimized_attention_override"] = override
+
+    def _read_scores(
+        self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        place: Place = (*extra_options["block"], extra_options["block_index"])
+        module = self._modules.get(place)
+        if module is None:
+            return n, context, value
+        batch = self._hole.shape[0]
+        for number, chunk in enumerate(self._chunks):
+            rows = slice(number * batch, (number + 1) * batch)
+            tokens = chunk.tokens[0].nonzero()[:, 0].to(context.device)
+            query = module.attn2.to_q(n[rows]).float()
+            key = module.attn2.to_k(context[rows][:, tokens]).float()
+            # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
+            scores = query @ key.transpose(1, 2) * (module.d_head**-0.5 / module.n_heads)
+            self._scores[number] = self._scores[number] + scores if number in self._scores else scores
+        if place == self._last:
+            self.gradient = self._gradient(tuple(extra_options["activations_shape"][-2:]))
+            torch.set_grad_enabled(False)
+        return n, context, value
+
+    def _gradient(self, grid: tuple[int, int]) -> torch.Tensor:
+        score = torch.zeros((), device=self._latent.device)
+        for number, chunk in enumerate(self._chunks):
+            hole = hole_cells(chunk.cut(self._hole), grid).flatten(1).to(self._latent.device)
+            score = score + attention_score(self._scores[number] / len(self._modules), hole)
+        # Half precision would lose the small gradient of a mean over many pixels.
+        scale = float(grid[0] * grid[1]) if self._dtype == torch.float16 else 1.0
+        (gradient,) = torch.autograd.grad(score * scale, self._latent)
+        if not bool(gradient.isfinite().all()):
+            raise RuntimeError(
+                f"RASG's gradient is not finite in {str(self._dtype).removeprefix('torch.')}: start ComfyUI with --bf16-unet or "
+                "--fp32-unet, or take the RASG node out."
+            )
+        return gradient / scale
+
+
+def _differentiable(earlier: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    """An attention override for the part of a call that records a graph: fast kernels may have no backward pass."""
+
+    def attend(chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return attention_pytorch(*args, **kwargs)
+        return chosen(*args, **kwargs) if earlier is None else earlier(chosen, *args, **kwargs)
+
+    return attend

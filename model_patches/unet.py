@@ -1,0 +1,71 @@
+"""Where the transformer blocks of a Stable Diffusion UNet are, and how coarse the grid is on which each of them works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer, SpatialVideoTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+
+Place = tuple[str, int, int]
+"""("input" | "middle" | "output", index of the UNet block, index within its SpatialTransformer)."""
+
+
+@dataclass(frozen=True)
+class TransformerPlace:
+    """A transformer block of a UNet and how many times coarser than the latent its grid is (1, 2, 4 or 8)."""
+
+    place: Place
+    module: BasicTransformerBlock
+    factor: int
+
+
+def transformer_places(unet: UNetModel) -> list[TransformerPlace]:
+    """The UNet's image transformer blocks in the order in which a forward pass reaches them."""
+    found: list[TransformerPlace] = []
+    factor = 1
+    middle = [unet.middle_block] if unet.middle_block is not None else []
+    for name, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
+        for index, block in enumerate(_layers(blocks)):
+            for layer in _layers(block):
+                if isinstance(layer, SpatialTransformer) and not isinstance(layer, SpatialVideoTransformer):
+                    for depth, module in enumerate(layer.transformer_blocks):
+                        assert isinstance(module, BasicTransformerBlock)
+                        found.append(TransformerPlace((name, index, depth), module, factor))
+                elif isinstance(layer, Downsample) or (isinstance(layer, ResBlock) and _resamples(layer, Downsample)):
+                    factor *= 2
+                elif isinstance(layer, Upsample) or (isinstance(layer, ResBlock) and _resamples(layer, Upsample)):
+                    factor //= 2
+    return found
+
+
+def _layers(block: object) -> Iterable[torch.nn.Module]:
+    return block  # type: ignore[return-value]  # ModuleList and Sequential are iterable, torch's stubs type items loosely
+
+
+def _resamples(block: ResBlock, kind: type) -> bool:
+    return isinstance(getattr(block, "h_upd", None), kind)
+
+
+def require_unet(model: object, who: str) -> UNetModel:
+    """Returns the UNet inside a host MODEL.
+
+    Raises ValueError, in one sentence that names the families that work, where `who` (a node's name) has nothing to act on.
+    """
+    inner = getattr(model, "model", model)
+    unet = getattr(inner, "diffusion_model", None)
+    families = "SD1.5, SD2 and SDXL checkpoints (inpainting or plain)"
+    if not isinstance(unet, UNetModel):
+        raise ValueError(
+            f"{who} works on {families}, which have a UNet with cross-attention; this MODEL is {type(inner).__name__}. "
+            "Load one of those checkpoints."
+        )
+    usable = [t for t in transformer_places(unet) if t.module.attn2 is not None and not t.module.disable_self_attn]
+    if not any(t.factor in (2, 4) and t.place[0] != "middle" for t in usable):
+        raise ValueError(
+            f"{who} works on {families}; this UNet ({type(inner).__name__}) has no self-attention with a text prompt at 1/16 "
+            "or 1/32 of the picture. Load one of those checkpoints."
+        )
+    return unet

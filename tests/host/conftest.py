@@ -1,0 +1,31 @@
+"""One real ComfyUI process with the pack, for all tests of this folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from devtools.client import Client
+from devtools.server import Server
+from truefill_testing.checkpoints import FAMILIES, checkpoint, models_folder
+from truefill_testing.host import host_path
+
+
+@pytest.fixture(scope="session")
+def comfyui() -> Iterator[Server]:
+    """A running ComfyUI. Its checkpoints are <family>.safetensors and <family>-inpainting.safetensors."""
+    for family in FAMILIES:
+        for inpainting in (False, True):
+            checkpoint(family, inpainting)
+    # People unpack the pack into folders of all kinds of names.
+    options = {"pack_folder": "ComfyUI-TrueFill main (1)", "models": [models_folder()], "log_name": "test-server"}
+    with Server(host_path(), Path(sys.executable), **options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(comfyui: Server) -> Client:
+    """A client of the running ComfyUI."""
+    return comfyui.client

@@ -1,0 +1,1 @@
+"""Support code for the tests: the host, random checkpoints, literal oracles."""

@@ -1,0 +1,31 @@
+"""Random-weight checkpoints for the tests, written once and kept in the cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from truefill_testing.host import ROOT, ensure_host, load_package
+
+FAMILIES = ("sd15", "sd2", "sdxl")
+
+
+def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int = 0) -> Path:
+    """Write a random checkpoint of "sd15", "sd2" or "sdxl" that the host's own loader recognises."""
+    ensure_host()
+    load_package("devtools", ROOT / "devtools")
+    from devtools.random_checkpoints import write_checkpoint
+
+    return write_checkpoint(path, family, inpainting, seed)
+
+
+def models_folder() -> Path:
+    """The cache folder, laid out like ComfyUI's `models`, for checkpoints of the present writer."""
+    source = (ROOT / "devtools" / "random_checkpoints.py").read_bytes()
+    return ROOT / ".cache" / "random-checkpoints" / hashlib.sha256(source).hexdigest()[:12]
+
+
+def checkpoint(family: str, inpainting: bool) -> Path:
+    """Return the cached random checkpoint of this kind ("sd15-inpainting.safetensors"), writing it on the first call."""
+    path = models_folder() / "checkpoints" / f"{family}{'-inpainting' if inpainting else ''}.safetensors"
+    return path if path.is_file() else write_checkpoint(path, family, inpainting)

@@ -1,0 +1,65 @@
+"""The random checkpoints are what the host takes for SD1.5, SD2 and SDXL, and they work."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from truefill_testing.checkpoints import FAMILIES, checkpoint, write_checkpoint
+from truefill_testing.host import ensure_host
+
+CONFIG = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
+
+
+@pytest.mark.parametrize("inpainting", [False, True], ids=["plain", "inpainting"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_host_loads_encodes_and_samples(family: str, inpainting: bool, caplog: pytest.LogCaptureFixture) -> None:
+    ensure_host()
+    import comfy.sd
+
+    import nodes
+
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint(family, inpainting)))
+        assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+        assert type(model.model.model_config).__name__ == CONFIG[family]
+        assert bool(model.model.concat_keys) == inpainting
+
+        positive, negative = (
+            clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a red fox in the snow", "blurry")
+        )
+        assert torch.isfinite(positive[0][0]).all() and not torch.equal(positive[0][0], negative[0][0])
+        pooled = positive[0][1]["pooled_output"]
+        assert torch.isfinite(pooled).all()
+        if family == "sdxl":
+            assert not torch.equal(pooled, negative[0][1]["pooled_output"])
+
+        pixels = torch.rand(1, 128, 64, 3)
+        if inpainting:
+            mask = torch.zeros(1, 128, 64)
+            mask[:, 32:96, 16:48] = 1
+            positive, negative, latent = nodes.InpaintModelConditioning().encode(
+                positive, negative, pixels, vae, mask, noise_mask=True
+            )
+        else:
+            latent = {"samples": vae.encode(pixels)}
+        (result,) = nodes.common_ksampler(model, 0, 2, 5.0, "euler", "normal", positive, negative, latent)
+        samples = result["samples"]
+        assert samples.shape == (1, 4, 16, 8)
+        assert torch.isfinite(samples).all() and 0.1 < samples.std() < 1000
+        image = vae.decode(samples)
+        assert image.shape == (1, 128, 64, 3) and torch.isfinite(image).all() and image.std() > 0.01
+
+
+def test_same_seed_same_file(tmp_path) -> None:
+    first = write_checkpoint(tmp_path / "a.safetensors", "sd15", inpainting=False, seed=3)
+    second = write_checkpoint(tmp_path / "b.safetensors", "sd15", inpainting=False, seed=3)
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_unknown_family_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="'flux'; choose one of sd15, sd2, sdxl"):
+        write_checkpoint(tmp_path / "x.safetensors", "flux", inpainting=True)
