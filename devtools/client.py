@@ -188,7 +188,7 @@ class Client:
             self.interrupt()
             raise TimeoutError(f"The graph did not finish within {timeout:.0f} seconds and was interrupted.") from None
         except (ConnectionLost, ConnectionError) as error:
-            raise ServerGone(f"ComfyUI at {self.address} is gone: {error}") from error
+            raise ServerGone(f"ComfyUI at {self.address} does not answer: {error}") from error
         history = self.get_json(f"/history/{prompt_id}")[prompt_id]
         images = {
             node_id: [self.view(item["filename"], item["subfolder"], item["type"]) for item in output["images"]]

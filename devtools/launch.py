@@ -13,7 +13,9 @@ import threading
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin.read(), whose lock would abort the interpreter's own way out.
+    while os.read(0, 1):
+        continue
     os._exit(1)
 
 

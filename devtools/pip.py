@@ -29,7 +29,7 @@ _FAILURES = (
     ),
 )
 _MISSING = re.compile(r"satisfies the requirement ([^\s(]+)")
-_DOWNLOAD = re.compile(r"^\s*Downloading (\S+?)(?:-py3|-cp3|\.tar| ).*\(([\d.]+) (MB|GB)\)")
+_DOWNLOAD = re.compile(r"^\s*Downloading (\S+?)(?:-py\d|-cp\d|\.tar| ).*\(([\d.]+) (MB|GB)\)")
 
 
 def _progress(line: str, echo: Callable[[str], None]) -> None:

@@ -16,7 +16,9 @@ def as_mask_batch(mask: torch.Tensor) -> torch.Tensor:
     elif mask.ndim == 4:
         mask = mask[:, :1]
     else:
-        raise ValueError(f"A mask needs 2 to 4 dimensions ([H, W], [B, H, W] or [B, C, H, W]); this one has {mask.ndim}.")
+        raise ValueError(
+            f"A mask needs 2 to 4 dimensions ([H, W], [B, H, W] or [B, C, H, W]); this one has {mask.ndim}."
+        )
     if 0 in mask.shape:
         raise ValueError(f"The mask is empty: its shape is {list(mask.shape)}. Connect a mask with at least one pixel.")
     return mask.float().nan_to_num(nan=0.0).clamp(0.0, 1.0)

@@ -30,6 +30,11 @@ def as_ordinary(value: Any) -> Any:
     return value
 
 
+def full_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in float32, or in its own type where that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def make_weights_ordinary(module: torch.nn.Module) -> None:
     """Lets autograd save the weights of `module`, which the host has loaded in inference mode.
 

@@ -188,8 +188,12 @@ class _Run:
 
     def install(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """Adds this run's wrappers to `model_options`, which must be the run's own copy."""
-        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, self._calc_cond_batch, model_options, is_model_options=True)
-        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self._diffusion_model, model_options, is_model_options=True)
+        add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, KEY, self._calc_cond_batch, model_options, is_model_options=True
+        )
+        add_wrapper_with_key(
+            WrappersMP.DIFFUSION_MODEL, KEY, self._diffusion_model, model_options, is_model_options=True
+        )
         return model_options
 
     def sampler(self, sampler: Any) -> Any:
@@ -230,7 +234,14 @@ class _Run:
         return settings is not None and self._in_window[settings](self._sigma)
 
     def _calc_cond_batch(
-        self, executor: Any, model: Any, conds: list[Any], x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        executor: Any,
+        model: Any,
+        conds: list[Any],
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
     ) -> list[torch.Tensor]:
         """Wrapper around the host's evaluation of all conditionings at one noise level."""
         self._sigma = float(timestep[0])
@@ -282,9 +293,7 @@ class _Run:
         places = transformer_places(unet)
         painta = nullcontext()
         if self._painta is not None and self._painta_state is not None and self._active(self._painta):
-            call = PAIntACall(
-                self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance
-            )
+            call = PAIntACall(self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance)
             painta = call.installed(options)
         with painta:
             if not self._recording or self._rasg_hole is None:

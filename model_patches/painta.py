@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import BasicTransformerBlock, optimized_attention
 
 from ..imaging.masks import hole_cells
+from .autograd import full_precision
 from .chunks import Area, Chunk
 from .unet import Place, TransformerPlace
 
@@ -26,7 +27,6 @@ FACTORS = (2, 4)
 
 SMOOTHING = (0.2119, 0.5761, 0.2119)
 """Separable 3x3 kernel of the released code (not in the paper)."""
-
 
 
 class NeedsConditionalRows(Exception):
@@ -94,15 +94,15 @@ def _group_rows(cells: torch.Tensor, device: torch.device) -> list[SameHole]:
 def prompt_relevance(
     query: torch.Tensor, key: torch.Tensor, heads: int, tokens: torch.Tensor, grid: tuple[int, int], smooth: bool
 ) -> torch.Tensor:
-    """Relevance c of each pixel of a grid to the prompt: float32 [rows, pixels] in [0, 1].
+    """Relevance c of each pixel of a grid to the prompt: [rows, pixels] in [0, 1].
 
     `query` [rows, pixels, channels] and `key` [rows, text, channels] are the projections of the block's cross-attention,
     `tokens` a bool tensor [1, text]. The attention paid to the prompt's own tokens (softmax over all tokens, mean over
     heads), smoothed, then clip((s - median(s)) / max(s), 0, 1).
     """
     rows, pixels, channels = query.shape
-    q = query.float().view(rows, pixels, heads, channels // heads).transpose(1, 2)
-    k = key.float().view(rows, -1, heads, channels // heads).transpose(1, 2)
+    q = full_precision(query).view(rows, pixels, heads, channels // heads).transpose(1, 2)
+    k = full_precision(key).view(rows, -1, heads, channels // heads).transpose(1, 2)
     probabilities = ((q @ k.transpose(-1, -2)) * (channels // heads) ** -0.5).softmax(dim=-1)
     s = probabilities[..., tokens[0]].sum(dim=-1).mean(dim=1)
     if smooth:
@@ -131,7 +131,10 @@ class PAIntACall:
         self._modules = {
             t.place: t.module
             for t in places
-            if t.factor in FACTORS and t.place[0] != "middle" and t.module.attn2 is not None and not t.module.disable_self_attn
+            if t.factor in FACTORS
+            and t.place[0] != "middle"
+            and t.module.attn2 is not None
+            and not t.module.disable_self_attn
         }
         self._chunks = chunks
         self._context = context
@@ -167,7 +170,9 @@ class PAIntACall:
 
         return hook
 
-    def _keep_projections(self, place: Place, earlier: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
+    def _keep_projections(
+        self, place: Place, earlier: Callable[..., torch.Tensor] | None
+    ) -> Callable[..., torch.Tensor]:
         def attend(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
         ) -> torch.Tensor:
@@ -251,5 +256,11 @@ def _attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
 ) -> torch.Tensor:
     return optimized_attention(
-        q, k, v, extra_options["n_heads"], attn_precision=extra_options["attn_precision"], transformer_options=extra_options, **kwargs
+        q,
+        k,
+        v,
+        extra_options["n_heads"],
+        attn_precision=extra_options["attn_precision"],
+        transformer_options=extra_options,
+        **kwargs,
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
 
 from ..imaging.masks import hole_cells
-from .autograd import as_ordinary, gradients_enabled
+from .autograd import as_ordinary, full_precision, gradients_enabled
 from .chunks import Chunk
 from .unet import Place, TransformerPlace
 
@@ -25,6 +25,7 @@ FACTOR = 4
 
 SHIFT = 1.0
 """Subtracted from the attention scores before they are compared with the hole (released code, not in the paper)."""
+
 
 @dataclass(frozen=True, eq=False)
 class RASG:
@@ -70,7 +71,7 @@ class RASGCall:
         self._latent = torch.empty(0)
         self._dtype = torch.float32
         self.gradient = torch.empty(0)
-        """After the call: dS / dz, float32 [rows, C, h, w]."""
+        """After the call: dS / dz, [rows, C, h, w]."""
 
     def run(
         self,
@@ -87,7 +88,7 @@ class RASGCall:
         """
         self._dtype = x.dtype
         with gradients_enabled():
-            self._latent = x[:, : self._latent_channels].float().clone().requires_grad_()
+            self._latent = full_precision(x[:, : self._latent_channels]).clone().requires_grad_()
             rest = as_ordinary(x[:, self._latent_channels :].clone())
             inputs = torch.cat((self._latent.to(x.dtype), rest), dim=1)
             self._install(transformer_options)
@@ -112,8 +113,8 @@ class RASGCall:
         for number, chunk in enumerate(self._chunks):
             rows = slice(number * batch, (number + 1) * batch)
             tokens = chunk.tokens[0].nonzero()[:, 0].to(context.device)
-            query = module.attn2.to_q(n[rows]).float()
-            key = module.attn2.to_k(context[rows][:, tokens]).float()
+            query = full_precision(module.attn2.to_q(n[rows]))
+            key = full_precision(module.attn2.to_k(context[rows][:, tokens]))
             # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
             scores = query @ key.transpose(1, 2) * (module.d_head**-0.5 / module.n_heads)
             self._scores[number] = self._scores[number] + scores if number in self._scores else scores
@@ -123,7 +124,7 @@ class RASGCall:
         return n, context, value
 
     def _gradient(self, grid: tuple[int, int]) -> torch.Tensor:
-        score = torch.zeros((), device=self._latent.device)
+        score = self._latent.new_zeros(())
         for number, chunk in enumerate(self._chunks):
             hole = hole_cells(chunk.cut(self._hole), grid).flatten(1).to(self._latent.device)
             score = score + attention_score(self._scores[number] / len(self._modules), hole)

@@ -59,7 +59,9 @@ def with_noise(sampler: object, eta: float, noise: NoiseFactory | None, sigma: s
     if "eta" in inspect.signature(function).parameters:
         options["eta"] = eta**2 if name.startswith(ETA_IN_EXPONENT) else eta
 
-    def sample(model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **keywords: Any) -> torch.Tensor:
+    def sample(
+        model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **keywords: Any
+    ) -> torch.Tensor:
         if noise is not None:
             keywords["noise_sampler"] = noise(x, (extra_args or {}).get("seed"))
         return function(model, x, sigmas, extra_args=extra_args, **keywords)
@@ -86,7 +88,9 @@ def _stochastic_form(sampler: KSAMPLER, options: dict[str, Any]) -> tuple[str, C
     name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_")
     if getattr(k_diffusion, f"sample_{name}", None) is function and name in STOCHASTIC_FORMS:
         if options.get("s_churn"):
-            raise ValueError(f"RASG cannot run '{name}' with s_churn {options['s_churn']}: set s_churn to 0, or {_ADVICE}")
+            raise ValueError(
+                f"RASG cannot run '{name}' with s_churn {options['s_churn']}: set s_churn to 0, or {_ADVICE}"
+            )
         for option in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
             options.pop(option, None)
         name = STOCHASTIC_FORMS[name]

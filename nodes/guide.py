@@ -58,7 +58,13 @@ class TrueFillPAIntA(io.ComfyNode):
             description="Lets the hole look less at known pixels that have nothing to do with the prompt, so that the "
             "background and nearby objects do not take the hole over. HD-Painter's Prompt-Aware Introverted Attention, for "
             "SD1.5, SD2 and SDXL, inpainting and plain; training-free.",
-            search_aliases=["hd-painter", "hdpainter", "prompt-aware introverted attention", "prompt neglect", "inpaint"],
+            search_aliases=[
+                "hd-painter",
+                "hdpainter",
+                "prompt-aware introverted attention",
+                "prompt neglect",
+                "inpaint",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
                 io.Float.Input(
@@ -107,7 +113,13 @@ class TrueFillRASG(io.ComfyNode):
             description="Replaces the noise that a stochastic sampler adds by a gradient that pulls the prompt into the hole. "
             "HD-Painter's Reweighting Attention Score Guidance. euler, ddim and dpmpp_2m run in their stochastic form; a "
             "sampler that has no such form gives a message that names those which work.",
-            search_aliases=["hd-painter", "hdpainter", "reweighting attention score guidance", "prompt neglect", "inpaint"],
+            search_aliases=[
+                "hd-painter",
+                "hdpainter",
+                "reweighting attention score guidance",
+                "prompt neglect",
+                "inpaint",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
                 io.Float.Input(

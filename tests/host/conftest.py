@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from devtools.client import Client
 from devtools.server import Server
 from truefill_testing.checkpoints import FAMILIES, checkpoint, models_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
+
 from devtools.client import Client, GraphFailed, GraphInterrupted, GraphRejected, Progress
 from devtools.server import Server
 

@@ -26,6 +26,6 @@ def models_folder() -> Path:
 
 
 def checkpoint(family: str, inpainting: bool) -> Path:
-    """Return the cached random checkpoint of this kind ("sd15-inpainting.safetensors"), writing it on the first call."""
+    """Return the cached random checkpoint ("sd15-inpainting.safetensors"), writing it on the first call."""
     path = models_folder() / "checkpoints" / f"{family}{'-inpainting' if inpainting else ''}.safetensors"
     return path if path.is_file() else write_checkpoint(path, family, inpainting)

@@ -4,8 +4,9 @@
     S   = - sum over k of mean over pixels of BCE_with_logits(a_k - 1, M)                                         eq. 9
     g   = dS / dx,   noise <- g / std(g) per picture                                                              eq. 7
 
-The shift by 1 and the mean over pixels (eq. 9 has the sum) are the released code's. Added as noise, g raises S, that
-is, lowers the cross entropy (eq. 9 in print lacks the cross entropy's minus). The mean of g stays, nothing is masked.
+The shift by 1 and the mean over pixels (eq. 9 has the sum) are the released code's. Here S is minus
+the cross entropy, so that g, added as noise, lowers it; eq. 9 as printed is the cross entropy itself, which eq. 7 would
+raise: a slip. The mean of g stays, nothing is masked.
 """
 
 from __future__ import annotations

@@ -124,14 +124,15 @@ def literal_sample(
     negative      positive ones first, so that the negative ones find PAIntA's c
     concat        9-channel models: (mask [B, 1, h, w], masked-image latent [B, 4, h, w]); the mask is rounded
     noise_mask    [B, 1, h, w], 1 = sampled: known latents, noised, go into the model; clean ones into its prediction
-    sigma_choice  "ddim": eta * true_ddim_sigma; "released": eta * released_sigma of `betas` [1000]
+    sigma_choice  "ddim": eta * true_ddim_sigma; "released": eta * released_sigma of `betas` [1000], the training's
     guidance      "rasg", or a function of the step's index that gives the noise [B, 4, h, w], or None: none
     hole          [B, 1, h, w] for PAIntA and RASG
     """
     table, noise, latent = table.double(), noise.double(), latent.double()
-    concat = concat and tuple(part.double() for part in concat)
-    noise_mask = noise_mask if noise_mask is None else noise_mask.double()
+    concat = None if concat is None else (concat[0].double(), concat[1].double())
+    noise_mask = None if noise_mask is None else noise_mask.double()
     schedule = [float(sigma) for sigma in sigmas]
+    betas = training_betas() if betas is None else betas
     z = _start(noise, latent, schedule[0], float(table[-1]))
     run = Run(latent=z)
     for index, (sigma_t, sigma_s) in enumerate(itertools.pairwise(schedule)):
@@ -148,14 +149,20 @@ def literal_sample(
         predicted, score = _predict(
             unet, z_seen, timestep, abar_t, positive, negative, cfg, v_prediction, concat, settings, hole, guidance
         )
-        gradient = torch.autograd.grad(score, x_seen)[0] if guidance == "rasg" else None
+        gradient = None
+        noise_added = None
+        if guidance == "rasg":
+            (gradient,) = torch.autograd.grad(score, x_seen)
+            noise_added = normalised(gradient)
+        elif guidance is not None and sigma_s > 0.0:
+            noise_added = guidance(index).double()
         z0 = ((z_seen - math.sqrt(1.0 - abar_t) * predicted) / math.sqrt(abar_t)).detach()
         if noise_mask is not None:
             z0 = noise_mask * z0 + (1.0 - noise_mask) * latent
         eps = (z - math.sqrt(abar_t) * z0) / math.sqrt(1.0 - abar_t)
 
         sigma = 0.0
-        if sigma_s > 0.0 and guidance is not None:
+        if noise_added is not None and sigma_s > 0.0:
             if sigma_choice == "ddim":
                 sigma = eta * true_ddim_sigma(abar_t, abar_s)
             else:
@@ -164,8 +171,8 @@ def literal_sample(
         sigma = min(sigma, math.sqrt(1.0 - abar_s))
         run.steps.append(Step(timestep, x, z0, sigma / math.sqrt(abar_s), gradient))
         z = math.sqrt(abar_s) * z0 + math.sqrt(1.0 - abar_s - sigma**2) * eps
-        if sigma > 0.0:
-            z = z + sigma * (normalised(gradient) if guidance == "rasg" else guidance(index).double())
+        if noise_added is not None:
+            z = z + sigma * noise_added
     run.latent = z / math.sqrt(alpha_bar(schedule[-1]))
     return run
 

@@ -23,7 +23,7 @@ from .literal_painta import Painta, Place
 ensure_host()
 
 from comfy.ldm.modules.attention import SpatialTransformer  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, Upsample  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding  # noqa: E402
 
 RECORDED_FACTOR = 4
@@ -49,15 +49,16 @@ class _Forward:
     factor: int = 1
 
 
-def as_float64(unet: torch.nn.Module) -> torch.nn.Module:
+def as_float64(unet: UNetModel) -> UNetModel:
     """A frozen float64 copy of a host UNet."""
-    unet = copy.deepcopy(unet).double().requires_grad_(False)
-    unet.dtype = torch.float64
-    return unet
+    exact = copy.deepcopy(unet)
+    exact.double().requires_grad_(False)
+    exact.dtype = torch.float64
+    return exact
 
 
 def literal_unet(
-    unet: torch.nn.Module,
+    unet: UNetModel,
     x: torch.Tensor,
     timesteps: torch.Tensor,
     context: torch.Tensor,
@@ -75,8 +76,8 @@ def literal_unet(
     embedding = timestep_embedding(timesteps, unet.model_channels).to(x.dtype)
     embedding = _linear(unet.time_embed[2], F.silu(_linear(unet.time_embed[0], embedding)))
     if unet.num_classes is not None:
-        first, _, second = unet.label_emb[0]
-        embedding = embedding + _linear(second, F.silu(_linear(first, y)))
+        sequence = unet.label_emb[0]
+        embedding = embedding + _linear(sequence[2], F.silu(_linear(sequence[0], y)))
 
     forward = _Forward(context, painta, [])
     skips = []

@@ -1,0 +1,1 @@
+"""Benchmarks. Run them with `python dev.py bench`."""

@@ -1,0 +1,139 @@
+// Drives the editor in chromium for test_editor.py.
+//     node drive.cjs '{"address", "chromium", "nodes2", "pictures", "graphs": [{"name", "file", "id", "steps"}]}'
+// Drops each graph's file on the canvas as a person would, and runs it where `steps` is given. What is seen in the page
+// goes to standard output as JSON; whether that is right is for the tests to say.
+'use strict'
+
+const { chromium } = require('playwright-core')
+
+const job = JSON.parse(process.argv[2])
+const READY = 60_000
+const RUN = 180_000
+
+async function post(path, body) {
+  const answer = await fetch(job.address + path, { method: 'POST', body: JSON.stringify(body) })
+  if (!answer.ok) throw new Error(`${path} answered ${answer.status}`)
+}
+
+async function drawn(page) {
+  await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))))
+}
+
+async function open(browser, report) {
+  const page = await browser.newPage({ viewport: { width: 1920, height: 1080 } })
+  page.on('pageerror', (error) => report.pageErrors.push(String(error)))
+  await page.route('**/*', (route) => {
+    const { protocol, origin } = new URL(route.request().url())
+    const allowed = origin === job.address || protocol === 'data:' || protocol === 'blob:'
+    return allowed ? route.continue() : route.abort()
+  })
+  await page.goto(job.address)
+  await page.waitForFunction(
+    () =>
+      window.app?.extensionManager &&
+      window.app.graph &&
+      document.querySelector('[data-testid="queue-button"]') &&
+      !document.querySelector('.p-blockui-mask'),
+    undefined,
+    { timeout: READY }
+  )
+  await drawn(page)
+  return page
+}
+
+async function drop(page, file) {
+  // The browser's own drag of a file from outside: the page reads the real file, as it does from a file manager.
+  const session = await page.context().newCDPSession(page)
+  const data = { items: [], files: [file], dragOperationsMask: 1 }
+  for (const type of ['dragEnter', 'dragOver', 'drop']) {
+    await session.send('Input.dispatchDragEvent', { type, x: 960, y: 950, data })
+  }
+  await session.detach()
+}
+
+const seen = () => {
+  const graph = window.app.graph
+  const nodes = graph.nodes.map((node) => {
+    const element = document.querySelector(`[data-node-id="${node.id}"]`)
+    const rect = element?.getBoundingClientRect()
+    const [x, y, width, height] = node.boundingRect
+    return {
+      id: String(node.id),
+      type: node.type,
+      broken: !!node.has_errors || !window.LiteGraph.registered_node_types[node.type],
+      // The classic canvas has no element for a node.
+      element: !!element,
+      box: rect ? [rect.left, rect.top, rect.right, rect.bottom] : [x, y, x + width, y + height],
+      cut: [...(element?.querySelectorAll('[data-testid="node-title"], .comfy-markdown, textarea') ?? [])]
+        .filter((part) => part.scrollWidth > part.clientWidth + 1 || part.scrollHeight > part.clientHeight + 1)
+        .map((part) => part.textContent || part.value)
+    }
+  })
+  const dialogs = [...document.querySelectorAll('[role="dialog"], .p-dialog')]
+    .filter((dialog) => dialog.checkVisibility())
+    .map((dialog) => dialog.textContent)
+  return { nodes, dialogs }
+}
+
+async function run(page, steps) {
+  const saveId = await page.evaluate((steps) => {
+    const only = (type) => {
+      const found = window.app.graph.nodes.filter((node) => node.type === type)
+      if (found.length !== 1) throw new Error(`${found.length} nodes of type ${type}`)
+      return found[0]
+    }
+    only('KSampler').widgets.find((widget) => widget.name === 'steps').value = steps
+    return only('SaveImage').id
+  }, steps)
+  await page.click('[data-testid="queue-button"]')
+  const result = await page.waitForFunction(
+    ([id, nodes2]) => {
+      const picture = nodes2
+        ? document.querySelector(`[data-node-id="${id}"] img`)
+        : window.app.graph.getNodeById(id).imgs?.[0]
+      return picture?.complete && picture.naturalWidth
+        ? { source: picture.src, width: picture.naturalWidth, height: picture.naturalHeight }
+        : null
+    },
+    [saveId, job.nodes2],
+    { timeout: RUN }
+  )
+  return result.jsonValue()
+}
+
+async function main() {
+  await post('/api/settings', {
+    'Comfy.TutorialCompleted': true,
+    'Comfy.InstalledVersion': '99.0.0',
+    'Comfy.VueNodes.Enabled': job.nodes2
+  })
+  const report = { pageErrors: [], graphs: {} }
+  const options = ['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
+  const browser = await chromium.launch({ executablePath: job.chromium, args: options })
+  try {
+    const page = await open(browser, report)
+    for (const { name, file, id, steps } of job.graphs) {
+      await drop(page, file)
+      await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
+      await drawn(page)
+      const picture = `${job.pictures}/${name}-${job.nodes2 ? 'nodes2' : 'classic'}`
+      const found = await page.evaluate(seen)
+      found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
+      await page.screenshot({ path: `${picture}.png` })
+      if (steps) {
+        found.result = await run(page, steps)
+        await drawn(page)
+        await page.screenshot({ path: `${picture}-result.png` })
+      }
+      report.graphs[name] = found
+    }
+  } finally {
+    await browser.close()
+  }
+  console.log(JSON.stringify(report))
+}
+
+main().catch((error) => {
+  console.error(error)
+  process.exitCode = 1
+})

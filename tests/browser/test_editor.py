@@ -1,0 +1,169 @@
+"""The shipped graphs in the real editor: dropped as files on the canvas and run, in both of its modes.
+
+Needs chromium, node and playwright-core (`.ci/check.sh` installs them); without these the tests are skipped, except
+where the environment says CI=true.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from devtools.server import Server
+from truefill_testing.checkpoints import checkpoint
+from truefill_testing.host import ROOT, host_path
+
+pytestmark = pytest.mark.browser
+
+WORKFLOWS = ROOT / "workflows"
+GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+PICTURES = ROOT / ".cache" / "screenshots"
+MODULES = ROOT / ".cache" / "browser" / "node_modules"
+# The graph that is run, and in how many steps: not the same, or the second picture would come from the host's cache.
+RUN = "text_inpaint_sd15"
+STEPS = {"classic": 2, "nodes2": 3}
+# The random checkpoint that stands in for the model that a graph names: family, inpainting.
+STAND_INS = {
+    "sd-v1-5-inpainting.safetensors": ("sd15", True),
+    "512-inpainting-ema.safetensors": ("sd2", True),
+    "sd_xl_base_1.0.safetensors": ("sdxl", False),
+}
+
+
+def editor_graph(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api_graph(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _environment() -> dict[str, str]:
+    paths = [os.environ.get("NODE_PATH", ""), str(MODULES)]
+    return os.environ | {"NODE_PATH": os.pathsep.join(path for path in paths if path)}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    """The browser's path, once all that drives it is there."""
+    browser, node = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("node")
+    missing = [name for name, path in (("chromium", browser), ("node", node)) if path is None]
+    if node is not None:
+        probe = [node, "-e", "require('playwright-core')"]
+        if subprocess.run(probe, env=_environment(), capture_output=True, cwd=ROOT).returncode:
+            missing.append("playwright-core (npm)")
+    if missing:
+        reason = f"the editor's tests need {', '.join(missing)}; .ci/ installs what is missing"
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    assert browser is not None
+    return browser
+
+
+@pytest.fixture(scope="module")
+def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI with random checkpoints under the names of the graphs' models."""
+    models = tmp_path_factory.mktemp("models")
+    (models / "checkpoints").mkdir()
+    for name, kind in STAND_INS.items():
+        (models / "checkpoints" / name).symlink_to(checkpoint(*kind))
+    with Server(host_path(), Path(sys.executable), models=[models], log_name="test-browser") as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=list(STEPS))
+def mode(request: pytest.FixtureRequest) -> str:
+    """The classic canvas, or what the editor calls Nodes 2.0."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def report(mode: str, chromium: str, comfyui: Server) -> dict[str, Any]:
+    """What drive.cjs saw in the page, in this mode."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    graphs = [
+        {
+            "name": name,
+            "file": str(WORKFLOWS / f"{name}.json"),
+            "id": editor_graph(name)["id"],
+            "steps": STEPS[mode] if name == RUN else None,
+        }
+        for name in GRAPHS
+    ]
+    job = {
+        "address": comfyui.address,
+        "chromium": chromium,
+        "nodes2": mode == "nodes2",
+        "pictures": str(PICTURES),
+        "graphs": graphs,
+    }
+    command = ["node", str(Path(__file__).with_name("drive.cjs")), json.dumps(job)]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=400)
+    assert done.returncode == 0, f"{done.stderr}\n--- ComfyUI's log ---\n{comfyui.tail()}"
+    return json.loads(done.stdout)
+
+
+def test_page_reports_no_error(report: dict[str, Any]) -> None:
+    assert report["pageErrors"] == []
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_dropped_graph_is_complete(name: str, report: dict[str, Any], mode: str) -> None:
+    seen = report["graphs"][name]
+    assert seen["dialogs"] == []
+    assert [node["type"] for node in seen["nodes"] if node["broken"]] == []
+    shipped = {(str(node["id"]), node["type"]) for node in editor_graph(name)["nodes"]}
+    assert {(node["id"], node["type"]) for node in seen["nodes"]} == shipped
+    # Otherwise the editor has stayed in its other mode.
+    assert {node["element"] for node in seen["nodes"]} == {mode == "nodes2"}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_editor_makes_the_shipped_api_graph(name: str, report: dict[str, Any]) -> None:
+    assert report["graphs"][name]["prompt"] == api_graph(name)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_drawn_nodes_do_not_overlap_and_show_their_text(name: str, report: dict[str, Any]) -> None:
+    nodes = report["graphs"][name]["nodes"]
+    assert [text for node in nodes for text in node["cut"]] == []
+    for one, other in combinations(nodes, 2):
+        a, b = one["box"], other["box"]
+        apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+        assert apart, f"{one['type']} and {other['type']} overlap"
+
+
+def test_run_button_brings_the_picture(report: dict[str, Any], mode: str, comfyui: Server) -> None:
+    result = report["graphs"][RUN]["result"]
+    query = urllib.parse.parse_qs(urllib.parse.urlsplit(result["source"]).query)
+    filename, subfolder = query["filename"][0], query["subfolder"][0]
+
+    history = comfyui.client.get_json("/history")
+    runs = {
+        image["filename"]: run
+        for run in history.values()
+        for output in run["outputs"].values()
+        for image in output.get("images", [])
+        if image["subfolder"] == subfolder
+    }
+    run = runs[filename]
+    assert run["status"]["status_str"] == "success"
+    expected = api_graph(RUN)
+    (sampler,) = (node for node in expected.values() if node["class_type"] == "KSampler")
+    sampler["inputs"]["steps"] = STEPS[mode]
+    assert run["prompt"][2] == expected
+    with Image.open(io.BytesIO(comfyui.client.view(filename, subfolder))) as picture:
+        assert picture.size == (512, 384) == (result["width"], result["height"])

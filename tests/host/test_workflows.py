@@ -1,0 +1,169 @@
+"""The shipped graphs and help pages on a real ComfyUI."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from devtools.client import Client
+from devtools.server import Server
+from truefill_testing.checkpoints import checkpoint
+from truefill_testing.host import ROOT
+
+WORKFLOWS = ROOT / "workflows"
+GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+# Nodes of the editor alone, which the API format leaves out.
+NOTES = ("Note", "MarkdownNote")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+# The random checkpoint that stands in for the model that a graph names: family, inpainting.
+STAND_INS = {
+    "sd-v1-5-inpainting.safetensors": ("sd15", True),
+    "512-inpainting-ema.safetensors": ("sd2", True),
+    "sd_xl_base_1.0.safetensors": ("sdxl", False),
+}
+
+
+def editor_graph(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def api_graph(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def only(graph: dict[str, Any], class_type: str) -> dict[str, Any]:
+    """The inputs of the graph's only node of this type."""
+    (inputs,) = (node["inputs"] for node in graph.values() if node["class_type"] == class_type)
+    return inputs
+
+
+def input_specs(info: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Type and options of each input, in the order of the node's description."""
+    specs = {}
+    for section in ("required", "optional"):
+        for name in info["input_order"].get(section, []):
+            kind, *options = info["input"][section][name]
+            specs[name] = (kind, options[0] if options else {})
+    return specs
+
+
+def is_widget(kind: Any, options: dict[str, Any]) -> bool:
+    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+
+
+def widget_inputs(node: dict[str, Any], specs: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
+    """The positional `widgets_values` of an editor node by name of input."""
+    values = iter(node["widgets_values"])
+    inputs = {}
+    for name, (kind, options) in specs.items():
+        if is_widget(kind, options):
+            inputs[name] = next(values)
+            if options.get("control_after_generate"):
+                assert next(values) in ("fixed", "increment", "decrement", "randomize")
+            if kind == "BOOLEAN":
+                assert isinstance(inputs[name], bool)
+    assert not list(values), f"node {node['id']} has more widget values than widgets"
+    return inputs
+
+
+def to_api(graph: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]:
+    """An editor graph in API format, with every link checked at both of its ends."""
+    links = {link[0]: link[1:] for link in graph["links"]}
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    used, api = [], {}
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        info = object_info[node["type"]]
+        specs = input_specs(info)
+        inputs = widget_inputs(node, specs)
+        for slot, socket in enumerate(node["inputs"]):
+            if socket["link"] is None:
+                continue
+            origin, origin_slot, target, target_slot, kind = links[socket["link"]]
+            used.append(socket["link"])
+            output = nodes[origin]["outputs"][origin_slot]
+            assert (target, target_slot) == (node["id"], slot)
+            assert socket["link"] in output["links"]
+            declared = object_info[nodes[origin]["type"]]["output"][origin_slot]
+            assert kind == output["type"] == declared == specs[socket["name"]][0]
+            inputs[socket["name"]] = [str(origin), origin_slot]
+        title = node.get("title") or info["display_name"] or node["type"]
+        api[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": {"title": title}}
+    assert sorted(used) == sorted(links), "a link leads nowhere"
+    return api
+
+
+@pytest.fixture(scope="module")
+def named_checkpoints(comfyui: Server) -> Iterator[None]:
+    """Random checkpoints under the names of the graphs' models, as long as these tests run."""
+    assert comfyui.base is not None
+    folder = comfyui.base / "models" / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    links = {folder / name: checkpoint(*kind) for name, kind in STAND_INS.items()}
+    for link, target in links.items():
+        link.symlink_to(target)
+    yield
+    for link in links:
+        link.unlink()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_both_formats_are_the_same_graph(name: str, server: Client) -> None:
+    assert to_api(editor_graph(name), server.object_info()) == api_graph(name)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graph_runs_and_changes_nothing_outside_the_hole(
+    name: str, server: Client, named_checkpoints: None, pack_module: Any
+) -> None:
+    graph = copy.deepcopy(api_graph(name))
+    only(graph, "KSampler")["steps"] = 2
+    if any(node["class_type"] == "ImageScaleToTotalPixels" for node in graph.values()):
+        only(graph, "ImageScaleToTotalPixels")["megapixels"] = 0.12
+    graph["before"] = {
+        "class_type": "PreviewImage",
+        "inputs": {"images": only(graph, "ImageCompositeMasked")["destination"]},
+    }
+    (save,) = (node_id for node_id, node in graph.items() if node["class_type"] == "SaveImage")
+
+    images = server.run(graph).images
+
+    before, after = (np.asarray(Image.open(io.BytesIO(images[key][0]))) for key in ("before", save))
+    photo, hole = pack_module("imaging.examples").load_example("coffee")
+    assert before.shape == after.shape
+    # What the composite node makes of the mask.
+    hole = torch.nn.functional.interpolate(hole[:, None], size=before.shape[:2], mode="bilinear")[0, 0].numpy()
+    assert 0.01 < (hole == 1).mean() < 0.5
+    assert np.array_equal(after[hole == 0], before[hole == 0])
+    assert (after[hole == 1] != before[hole == 1]).any(axis=1).mean() > 0.9
+    if "ImageScaleToTotalPixels" not in {node["class_type"] for node in graph.values()}:
+        assert np.array_equal(before, (photo[0] * 255).round().byte().numpy())
+
+
+def test_graphs_and_thumbnails_are_offered_as_templates(comfyui: Server, server: Client) -> None:
+    assert sorted(server.get_json("/workflow_templates")[comfyui.pack_folder]) == GRAPHS
+    folder = f"/api/workflow_templates/{urllib.parse.quote(comfyui.pack_folder)}"
+    for name in GRAPHS:
+        for suffix in ("json", "jpg"):
+            shipped = (WORKFLOWS / f"{name}.{suffix}").read_bytes()
+            assert server.get(f"{folder}/{name}.{suffix}") == shipped
+
+
+def test_help_pages_are_served_where_the_editor_looks_for_them(server: Client) -> None:
+    ours = {node_id: info for node_id, info in server.object_info().items() if node_id.startswith("TrueFill")}
+    assert ours
+    for node_id, info in ours.items():
+        # As the editor builds it (NodeHelpService.fetchCustomNodeHelp).
+        pack = info["python_module"].split(".")[1].split("@")[0]
+        page = server.get(f"/extensions/{urllib.parse.quote(pack)}/docs/{node_id}/en.md")
+        assert page.decode().startswith(f"# {info['display_name']}\n")

@@ -1,0 +1,292 @@
+"""The set-up behind dev.py: what it says and how it recovers when something is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from devtools import cli, environment, host, pip
+from devtools.lock import exclusive
+from devtools.paths import ROOT, UserError
+
+FILES = {"main.py": b"print()\n", "comfy/sd.py": b"x = 1\n", "requirements.txt": b"einops\n"}
+
+
+@pytest.fixture
+def no_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip without the user's own configuration, and quick to give up."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a source archive laid out like the pinned one."""
+
+    def write(files: dict[str, bytes] = FILES, name: str = "host.tar.gz") -> Path:
+        path = tmp_path / name
+        with tarfile.open(path, "w:gz") as tar:
+            for member, data in files.items():
+                info = tarfile.TarInfo(f"{host.INSIDE}/{member}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return path
+
+    return write
+
+
+# Python, disk, pip
+
+
+def test_old_python_gets_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.sys, "version_info", (3, 9, 18, "final", 0))
+    with pytest.raises(UserError, match=r"needs Python 3.10 or later; this is Python 3.9.18"):
+        environment.check_python()
+
+
+def test_dev_py_refuses_an_old_python_before_it_imports_anything() -> None:
+    program = (
+        "import sys, runpy; sys.version_info = (3, 7, 0, 'final', 0); "
+        "sys.modules['devtools'] = None; runpy.run_path('dev.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr.strip()) == (1, "TrueFill needs Python 3.10 or later; this is Python 3.7.")
+
+
+def test_too_little_disk_says_how_much_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000_000))
+    with pytest.raises(UserError, match=r"about 8 GB .* has 3.0 GB free"):
+        environment.check_disk()
+
+
+def test_closed_index_is_named_as_the_reason(no_configuration: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/simple")
+        with pytest.raises(UserError, match=r"Fetching failed: No package index answers with torch==2.14.1"):
+            pip.run(Path(sys.executable), ["download", "--no-deps", "torch==2.14.1"], "Fetching")
+
+
+def test_forbidden_index_is_named_as_the_reason(no_configuration: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"Fetching failed: No package index answers"):
+        pip.run(Path(sys.executable), ["download", "--no-deps", "torch==2.14.1"], "Fetching")
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("ERROR: [Errno 28] No space left on device", "The disk is full"),
+        (
+            "Could not find a version that satisfies the requirement torch==9 (from versions: 1.0)",
+            "has no torch==9",
+        ),
+        ("urllib3.exceptions.ReadTimeoutError: read timed out", "stopped answering"),
+    ],
+)
+def test_known_failures_of_pip(output: str, sentence: str) -> None:
+    assert sentence in (pip.failure(output) or "")
+
+
+def test_progress_shows_large_downloads_only(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (
+        "  Downloading torch-2.14.1-cp311-cp311-manylinux_2_28_x86_64.whl (915.1 MB)",
+        "  Downloading einops-0.8.2-py3-none-any.whl (65 kB)",
+        "Installing collected packages: a, b, c",
+    ):
+        pip._progress(line, print)
+    assert capsys.readouterr().out == (
+        "  downloading torch-2.14.1 (915.1 MB)\n  installing 3 packages; this can take a minute or two\n"
+    )
+
+
+# The environment
+
+
+@pytest.fixture
+def requirements(tmp_path: Path) -> Path:
+    path = tmp_path / "host-requirements.txt"
+    path.write_text("einops\n")
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Installations that were asked for; none is carried out."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(pip, "run", lambda python, arguments, doing: calls.append(list(arguments)))
+    return calls
+
+
+def test_second_call_installs_nothing(tmp_path: Path, requirements: Path, calls: list[list[str]]) -> None:
+    venv = tmp_path / "venv with space"
+    python = environment.ensure_packages(requirements, venv)
+    assert python.is_file() and len(calls) == 1 and str(requirements) in calls[0]
+    assert environment.ensure_packages(requirements, venv) == python
+    assert len(calls) == 1
+    requirements.write_text("einops\nscipy\n")
+    environment.ensure_packages(requirements, venv)
+    assert len(calls) == 2, "changed pins must be installed"
+
+
+def test_interrupted_installation_starts_over(
+    tmp_path: Path, requirements: Path, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv = tmp_path / "venv"
+
+    def killed(*_: object) -> None:
+        (venv / "half-installed").touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pip, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            environment.ensure_packages(requirements, venv)
+    environment.ensure_packages(requirements, venv)
+    assert len(calls) == 1 and not (venv / "half-installed").exists()
+
+
+def test_missing_files_rebuild_the_environment(tmp_path: Path, requirements: Path, calls: list[list[str]]) -> None:
+    venv = tmp_path / "venv"
+    environment.ensure_packages(requirements, venv)
+    package = next(venv.rglob("pip/_internal/cache.py"))
+    package.unlink()
+    environment.ensure_packages(requirements, venv)
+    assert len(calls) == 2 and package.is_file()
+
+
+def test_dead_interpreter_rebuilds_the_environment(tmp_path: Path, requirements: Path, calls: list[list[str]]) -> None:
+    venv = tmp_path / "venv"
+    python = environment.ensure_packages(requirements, venv)
+    python.unlink()
+    assert environment.ensure_packages(requirements, venv) == python and python.is_file()
+    assert len(calls) == 2
+
+
+# The host
+
+
+def test_unpacks_only_comfyui_and_recognises_it(archive: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "ComfyUI"
+    host.unpack_once(archive(), folder, "pin")
+    assert {name: (folder / name).read_bytes() for name in FILES} == FILES
+    assert host.is_complete(folder, "pin") and not host.is_complete(folder, "another pin")
+
+
+def test_half_unpacked_host_is_replaced(archive: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "ComfyUI"
+    host.unpack_once(archive(), folder, "pin")
+    (folder / "comfy" / "sd.py").unlink()
+    (folder / "stale.py").touch()
+    assert not host.is_complete(folder, "pin")
+    host.unpack_once(archive(), folder, "pin")
+    assert host.is_complete(folder, "pin") and not (folder / "stale.py").exists()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["ComfyUI"]
+
+
+def test_truncated_archive_leaves_nothing(archive: Callable[..., Path], tmp_path: Path) -> None:
+    path = archive({**FILES, "comfy/big.bin": os.urandom(100_000)})
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(UserError, match=r"host.tar.gz cannot be unpacked"):
+        host.unpack_once(path, tmp_path / "ComfyUI", "pin")
+    assert [path.name for path in tmp_path.iterdir()] == ["host.tar.gz"]
+
+
+def test_member_outside_of_the_folder_is_refused(archive: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unsafe member"):
+        host.unpack_once(archive({**FILES, "../../../../evil.py": b""}), tmp_path / "deep" / "ComfyUI", "pin")
+    assert not list(tmp_path.rglob("evil.py"))
+
+
+def test_damaged_download_is_fetched_again(
+    archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = archive()
+    monkeypatch.setattr(host, "SHA256", hashlib.sha256(good.read_bytes()).hexdigest())
+    calls = []
+
+    def download(python: Path, arguments: list[str], doing: str) -> None:
+        calls.append(arguments)
+        shutil.copy(good, Path(arguments[arguments.index("--dest") + 1]) / host.ARCHIVE)
+
+    monkeypatch.setattr(pip, "run", download)
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / host.ARCHIVE).write_bytes(b"half of it")
+    for _ in range(2):
+        assert host._fetch(Path(sys.executable), downloads).read_bytes() == good.read_bytes()
+    assert len(calls) == 1
+
+
+def test_wrong_archive_from_the_index_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(python: Path, arguments: list[str], doing: str) -> None:
+        (Path(arguments[arguments.index("--dest") + 1]) / host.ARCHIVE).write_bytes(b"something else")
+
+    monkeypatch.setattr(pip, "run", download)
+    with pytest.raises(UserError, match="is not the pinned one"):
+        host._fetch(Path(sys.executable), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_users_own_comfyui(archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "My ComfyUI"
+    host.unpack_once(archive(), own, "pin")
+    monkeypatch.setenv("COMFYUI_PATH", str(own))
+    assert host.users_own() == own
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(UserError, match="COMFYUI_PATH is set to"):
+        host.users_own()
+    monkeypatch.delenv("COMFYUI_PATH")
+    assert host.users_own() is None or host.in_custom_nodes()
+    monkeypatch.setattr(host, "ROOT", own / "custom_nodes" / "TrueFill")
+    assert host.users_own() == own
+
+
+# The lock and the commands
+
+
+def test_lock_keeps_others_out_and_dies_with_its_holder(tmp_path: Path) -> None:
+    lock = tmp_path / "setup.lock"
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path; from devtools.lock import exclusive\n"
+        f"with exclusive(Path({str(lock)!r})):\n    print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"Another dev\.py"), exclusive(lock, timeout=0.2):
+            pytest.fail("two processes held the lock")
+    finally:
+        holder.kill()
+        holder.communicate()
+    with exclusive(lock, timeout=5):
+        assert lock.exists()
+
+
+def test_unknown_benchmark_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "nonsense"]) == 1
+    error = capsys.readouterr().err
+    assert "no benchmark named 'nonsense'; available: " in error
+    assert all(path.stem.removeprefix("bench_") in error for path in (ROOT / "evaluation").glob("bench_*.py"))
+
+
+def test_wrong_comfyui_path_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    assert cli.main(["demo"]) == 1
+    assert capsys.readouterr().err.startswith(f"dev.py: COMFYUI_PATH is set to {tmp_path}")
