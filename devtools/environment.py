@@ -58,12 +58,15 @@ def check_disk(folder: Path = ROOT) -> None:
 
 
 def _remove(venv: Path) -> None:
+    """Remove an environment; it disappears at once, so that a killed removal leaves nothing that looks like one."""
     try:
-        shutil.rmtree(venv)
+        os.replace(venv, venv.with_name(f"{venv.name}.old-{os.getpid()}"))
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"The broken environment {venv} cannot be removed ({error}); end what uses it.") from error
+    for old in venv.parent.glob(f"{venv.name}.old-*"):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _create(venv: Path) -> None:
@@ -132,8 +135,7 @@ def ensure_packages(host_requirements: Path, venv: Path = VENV) -> Path:
     if state.get("fingerprint") == fingerprint and not broken and state["versions"].items() <= versions.items():
         return python
 
-    check_disk_left = not versions.keys() >= {"torch", "transformers"}
-    if check_disk_left:
+    if not versions.keys() >= {"torch", "transformers"}:
         check_disk()
     if broken:
         print(f"Files are missing in {venv.name} ({', '.join(broken[:3])}); rebuilding it.", flush=True)

@@ -1,9 +1,10 @@
-"""Runs ComfyUI's main.py inside the environment, and ends it when the process that started it dies.
+"""Runs a program inside the environment, and ends it when the process that started it dies.
 
-    python launch.py MAIN.PY [arguments of ComfyUI]
+    python launch.py MAIN.PY [arguments]
+    python launch.py -m MODULE [arguments]
 
-Standard input is a pipe from dev.py. Its end means that dev.py is gone, however it went, so that no server
-outlives it.
+Standard input is a pipe from dev.py. Its end means that dev.py is gone, however it went: no server outlives it,
+and no pip goes on writing into an environment that the next call repairs.
 """
 
 import os
@@ -20,7 +21,11 @@ def _end_with_parent() -> None:
 
 
 threading.Thread(target=_end_with_parent, daemon=True).start()
-sys.argv = sys.argv[1:]
-# As if main.py had been started itself: its folder in front, and not this one.
-sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
+# This folder must not be searched: it has modules named like others (pip).
+del sys.path[0], sys.argv[0]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    runpy.run_path(sys.argv[0], run_name="__main__")

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .paths import LOGS, UserError
+from .paths import LOGS, ROOT, UserError
 
 # (pattern in pip's output, the sentence); the first that matches wins.
 _FAILURES = (
@@ -56,7 +56,8 @@ def run(python: Path, arguments: Sequence[str], doing: str, echo: Callable[[str]
     """Run `python -m pip` with the arguments; raises UserError that says what failed and where the log is."""
     LOGS.mkdir(parents=True, exist_ok=True)
     log = LOGS / "pip.log"
-    command = [str(python), "-m", "pip", *arguments, "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
+    command = [str(python), str(ROOT / "devtools" / "launch.py"), "-m", "pip", *arguments]
+    command += ["--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     # pip's own configuration stays in force; only its language for our reading of the output is fixed.
     environment = os.environ | {"PYTHONUTF8": "1", "LC_ALL": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
     environment.pop("PYTHONPATH", None)
@@ -65,6 +66,7 @@ def run(python: Path, arguments: Sequence[str], doing: str, echo: Callable[[str]
         file.write(f"\n$ {' '.join(command)}\n")
         process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -9,7 +9,6 @@ sampling in 4 steps at CFG 7.5 6.6e-6 with float64 weights (the host rounds ever
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import pytest
 import torch
@@ -19,8 +18,6 @@ from truefill_testing.literal_painta import Painta, Place, Row, level_mask, rele
 from truefill_testing.literal_rasg import mean_maps, normalised, objective
 from truefill_testing.literal_sampling import (
     PaintaSettings,
-    Prompt,
-    Run,
     alpha_bar,
     literal_sample,
     nearest_timestep,
@@ -29,6 +26,7 @@ from truefill_testing.literal_sampling import (
     true_ddim_sigma,
 )
 from truefill_testing.literal_unet import as_float64, literal_unet
+from truefill_testing.scene import Scene, exact_unet, forget_models, patcher_of, randn, relative_error, token_set
 from truefill_testing.small_models import CONTEXT_DIM, FAMILIES, small_conditioning, small_model
 
 import comfy.sample  # isort: skip
@@ -50,30 +48,13 @@ RASG_PLACES = {
 }
 
 
-patcher_of = cache(small_model)
-
-
-@cache
-def exact_unet(family: str, inpainting: bool) -> torch.nn.Module:
-    return as_float64(patcher_of(family, inpainting).model.diffusion_model)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread_and_no_leftovers():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the models are too small for more
     yield
     torch.set_num_threads(threads)
-    exact_unet.cache_clear()
-    patcher_of.cache_clear()
-
-
-def randn(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value.double() - expected.double()).abs().max() / expected.double().std())
+    forget_models()
 
 
 def unet_inputs(family: str, channels: int, batch: int, size: tuple[int, int]) -> tuple:
@@ -81,12 +62,6 @@ def unet_inputs(family: str, channels: int, batch: int, size: tuple[int, int]) -
     y = randn(batch, 2816, seed=3) if family == "sdxl" else None
     timesteps = torch.tensor([981, 400, 3, 700])[:batch]
     return randn(batch, channels, *size, seed=1), timesteps, randn(batch, 77, CONTEXT_DIM[family], seed=2), y
-
-
-def token_set(*indices: int) -> torch.Tensor:
-    tokens = torch.zeros(77, dtype=torch.bool)
-    tokens[list(indices)] = True
-    return tokens
 
 
 def two_holes(height: int, width: int) -> torch.Tensor:
@@ -440,76 +415,6 @@ class TestSchedule:
         sigma = eta * true_ddim_sigma(alpha_bar(t), abar_s)
         assert sigma / math.sqrt(abar_s) == pytest.approx(up)
         assert math.sqrt((1 - abar_s - sigma**2) / abar_s) == pytest.approx(down)
-
-
-class Scene:
-    """A small model with two pictures, run by the host and by the literal loop."""
-
-    SIZE = (16, 13)
-    CFG = 7.5
-    HOLE_BOXES = ((slice(3, 9), slice(4, 13)), (slice(3, 16), slice(4, 7)))
-
-    def __init__(self, family: str, inpainting: bool, masked: bool, dtype=torch.float64, v_prediction=False) -> None:
-        self.patcher = patcher_of(family, inpainting, dtype, v_prediction=v_prediction)
-        self.model = self.patcher.model
-        self.family, self.inpainting, self.masked, self.v_prediction = family, inpainting, masked, v_prediction
-        self.positive, self.negative = small_conditioning(family, seed=1), small_conditioning(family, seed=2)
-        self.noise = randn(2, 4, *self.SIZE, seed=3).float()
-        self.latent = 5.0 * randn(2, 4, *self.SIZE, seed=4).float()
-        self.masked_latent = 5.0 * randn(2, 4, *self.SIZE, seed=5).float()
-        self.hole = torch.zeros(2, 1, *self.SIZE)
-        for picture, (rows, columns) in enumerate(self.HOLE_BOXES):
-            self.hole[picture, 0, rows, columns] = 1.0
-        self.hole[:, :, 3] *= 0.6
-
-    @property
-    def scale(self) -> float:
-        return self.model.latent_format.scale_factor
-
-    def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
-        return comfy.samplers.calculate_sigmas(self.model.model_sampling, scheduler, steps)
-
-    def host_arguments(self) -> dict:
-        sides = []
-        for (context, options), *_ in (self.positive, self.negative):
-            if self.inpainting:
-                options = {**options, "concat_latent_image": self.masked_latent, "concat_mask": self.hole}
-            sides.append([[context, options]])
-        return {
-            "positive": sides[0],
-            "negative": sides[1],
-            "latent_image": self.latent,
-            "noise_mask": self.hole if self.masked else None,
-            "disable_pbar": True,
-            "seed": 0,
-        }
-
-    def prompt(self, conditioning: list) -> Prompt:
-        ((context, options),) = conditioning
-        height, width = (8 * side for side in self.SIZE)
-        y = self.model.encode_adm(pooled_output=options["pooled_output"], width=width, height=height)
-        return Prompt(context, y, token_set(1, 2, 5))
-
-    def literal(self, sigmas: torch.Tensor, **options) -> Run:
-        return literal_sample(
-            exact_unet(self.family, self.inpainting),
-            self.model.model_sampling.sigmas,
-            sigmas,
-            self.noise,
-            self.latent * self.scale,
-            [self.prompt(self.positive)],
-            [self.prompt(self.negative)],
-            self.CFG,
-            v_prediction=self.v_prediction,
-            concat=(self.hole, self.masked_latent * self.scale) if self.inpainting else None,
-            noise_mask=self.hole if self.masked else None,
-            hole=self.hole,
-            **options,
-        )
-
-    def assert_same(self, host: torch.Tensor, literal: Run) -> None:
-        exact = self.model.diffusion_model.dtype == torch.float64
-        assert relative_error(host.double() * self.scale, literal.latent) < (1.5e-5 if exact else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -15,6 +15,7 @@ import comfy.sd1_clip  # noqa: E402
 import comfy.sdxl_clip  # noqa: E402
 import comfy.text_encoders.flux  # noqa: E402
 import comfy.text_encoders.sd2_clip  # noqa: E402
+
 import nodes as host_nodes  # noqa: E402
 
 prompt_tokens = pack_module("model_patches.prompt_tokens")

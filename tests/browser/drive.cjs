@@ -8,6 +8,7 @@ const { chromium } = require('playwright-core')
 
 const job = JSON.parse(process.argv[2])
 const READY = 60_000
+const SHOW = 15_000
 const RUN = 180_000
 
 async function post(path, body) {
@@ -101,6 +102,21 @@ async function run(page, steps) {
   return result.jsonValue()
 }
 
+async function help(page, type) {
+  const title = await page.evaluate((type) => {
+    const node = window.app.graph.nodes.find((node) => node.type === type)
+    const { scale, offset } = window.app.canvas.ds
+    const { left, top } = window.app.canvas.canvas.getBoundingClientRect()
+    // A little into the title bar, which lies above the node's own corner.
+    return [left + (node.pos[0] + offset[0] + 120) * scale, top + (node.pos[1] + offset[1] - 15) * scale]
+  }, type)
+  await page.mouse.click(...title)
+  await page.click('[data-testid="info-button"]', { timeout: SHOW })
+  const content = page.locator('.node-help-content')
+  await content.locator('table').first().waitFor({ timeout: SHOW })
+  return content.innerText()
+}
+
 async function main() {
   await post('/api/settings', {
     'Comfy.TutorialCompleted': true,
@@ -110,13 +126,15 @@ async function main() {
   const report = { pageErrors: [], graphs: {} }
   const options = ['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
   const browser = await chromium.launch({ executablePath: job.chromium, args: options })
+  const mode = job.nodes2 ? 'nodes2' : 'classic'
+  let page
   try {
-    const page = await open(browser, report)
+    page = await open(browser, report)
     for (const { name, file, id, steps } of job.graphs) {
       await drop(page, file)
       await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
       await drawn(page)
-      const picture = `${job.pictures}/${name}-${job.nodes2 ? 'nodes2' : 'classic'}`
+      const picture = `${job.pictures}/${name}-${mode}`
       const found = await page.evaluate(seen)
       found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
       await page.screenshot({ path: `${picture}.png` })
@@ -125,8 +143,18 @@ async function main() {
         await drawn(page)
         await page.screenshot({ path: `${picture}-result.png` })
       }
+      if (job.help && name === job.graphs.at(-1).name) {
+        report.help = {}
+        for (const type of job.help) {
+          report.help[type] = await help(page, type)
+          await page.screenshot({ path: `${job.pictures}/help-${type}-${mode}.png` })
+        }
+      }
       report.graphs[name] = found
     }
+  } catch (error) {
+    await page?.screenshot({ path: `${job.pictures}/failure-${mode}.png` })
+    throw error
   } finally {
     await browser.close()
   }

@@ -34,6 +34,7 @@ MODULES = ROOT / ".cache" / "browser" / "node_modules"
 # The graph that is run, and in how many steps: not the same, or the second picture would come from the host's cache.
 RUN = "text_inpaint_sd15"
 STEPS = {"classic": 2, "nodes2": 3}
+HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
 # The random checkpoint that stands in for the model that a graph names: family, inpainting.
 STAND_INS = {
     "sd-v1-5-inpainting.safetensors": ("sd15", True),
@@ -109,6 +110,7 @@ def report(mode: str, chromium: str, comfyui: Server) -> dict[str, Any]:
         "nodes2": mode == "nodes2",
         "pictures": str(PICTURES),
         "graphs": graphs,
+        "help": HELP,
     }
     command = ["node", str(Path(__file__).with_name("drive.cjs")), json.dumps(job)]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=400)
@@ -167,3 +169,12 @@ def test_run_button_brings_the_picture(report: dict[str, Any], mode: str, comfyu
     assert run["prompt"][2] == expected
     with Image.open(io.BytesIO(comfyui.client.view(filename, subfolder))) as picture:
         assert picture.size == (512, 384) == (result["width"], result["height"])
+
+
+@pytest.mark.parametrize("node_type", HELP)
+def test_info_button_shows_the_help_page(node_type: str, report: dict[str, Any]) -> None:
+    shown = report["help"][node_type]
+    page = (ROOT / "js" / "docs" / node_type / "en.md").read_text(encoding="utf-8")
+    headings = [line.lstrip("# ") for line in page.splitlines() if line.startswith("#")]
+    assert len(headings) >= 1
+    assert [heading for heading in headings if heading not in shown] == []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import json
-import urllib.parse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image
 from devtools.client import Client
 from devtools.server import Server
 from truefill_testing.checkpoints import checkpoint
-from truefill_testing.host import ROOT
+from truefill_testing.host import ROOT, host_path
 
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -150,20 +151,26 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
         assert np.array_equal(before, (photo[0] * 255).round().byte().numpy())
 
 
-def test_graphs_and_thumbnails_are_offered_as_templates(comfyui: Server, server: Client) -> None:
-    assert sorted(server.get_json("/workflow_templates")[comfyui.pack_folder]) == GRAPHS
-    folder = f"/api/workflow_templates/{urllib.parse.quote(comfyui.pack_folder)}"
+@pytest.fixture(scope="module")
+def served() -> Iterator[Server]:
+    """A ComfyUI with the pack in a folder without a space: where there is one, the host serves no file of any pack."""
+    with Server(host_path(), Path(sys.executable), pack_folder="ComfyUI-TrueFill", log_name="test-files") as server:
+        yield server
+
+
+def test_graphs_and_thumbnails_are_offered_as_templates(served: Server) -> None:
+    assert sorted(served.client.get_json("/workflow_templates")[served.pack_folder]) == GRAPHS
     for name in GRAPHS:
         for suffix in ("json", "jpg"):
             shipped = (WORKFLOWS / f"{name}.{suffix}").read_bytes()
-            assert server.get(f"{folder}/{name}.{suffix}") == shipped
+            assert served.client.get(f"/api/workflow_templates/{served.pack_folder}/{name}.{suffix}") == shipped
 
 
-def test_help_pages_are_served_where_the_editor_looks_for_them(server: Client) -> None:
-    ours = {node_id: info for node_id, info in server.object_info().items() if node_id.startswith("TrueFill")}
+def test_help_pages_are_served_where_the_editor_looks_for_them(served: Server) -> None:
+    ours = {key: info for key, info in served.client.object_info().items() if key.startswith("TrueFill")}
     assert ours
     for node_id, info in ours.items():
         # As the editor builds it (NodeHelpService.fetchCustomNodeHelp).
-        pack = info["python_module"].split(".")[1].split("@")[0]
-        page = server.get(f"/extensions/{urllib.parse.quote(pack)}/docs/{node_id}/en.md")
+        folder = info["python_module"].split(".")[1].split("@")[0]
+        page = served.client.get(f"/extensions/{folder}/docs/{node_id}/en.md")
         assert page.decode().startswith(f"# {info['display_name']}\n")

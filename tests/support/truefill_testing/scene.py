@@ -1,0 +1,164 @@
+"""Pictures with holes and a small model, run by the host and by the literal loop."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from .host import ensure_host
+from .literal_sampling import Prompt, Run, literal_sample
+from .literal_unet import as_float64
+from .small_models import small_conditioning, small_model
+
+ensure_host()
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+
+TOKENS_KEY = "truefill_prompt_tokens"
+
+patcher_of = cache(small_model)
+
+
+@cache
+def exact_unet(family: str, inpainting: bool) -> torch.nn.Module:
+    return as_float64(patcher_of(family, inpainting).model.diffusion_model)
+
+
+def forget_models() -> None:
+    exact_unet.cache_clear()
+    patcher_of.cache_clear()
+
+
+def randn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative_error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((value.double() - expected.double()).abs().max() / expected.double().std())
+
+
+def token_set(*indices: int) -> torch.Tensor:
+    tokens = torch.zeros(77, dtype=torch.bool)
+    tokens[list(indices)] = True
+    return tokens
+
+
+def boxes(size: tuple[int, int], *of_pictures: tuple[slice, slice]) -> torch.Tensor:
+    """Holes [B, 1, h, w], a box for each picture."""
+    hole = torch.zeros(len(of_pictures), 1, *size)
+    for picture, (rows, columns) in enumerate(of_pictures):
+        hole[picture, 0, rows, columns] = 1.0
+    return hole
+
+
+def two_boxes() -> torch.Tensor:
+    """Two pictures of 16x13 cells with different holes, one row of them partly covered."""
+    hole = boxes((16, 13), (slice(3, 9), slice(4, 13)), (slice(3, 16), slice(4, 7)))
+    hole[:, :, 3] *= 0.6
+    return hole
+
+
+class Scene:
+    """A small model, a hole for each picture, and two prompts. `masked` adds a noise mask to the latent."""
+
+    CFG = 7.5
+    TOKENS = (1, 2, 5)
+
+    def __init__(
+        self,
+        family: str,
+        inpainting: bool,
+        masked: bool,
+        dtype: torch.dtype = torch.float64,
+        v_prediction: bool = False,
+        hole: torch.Tensor | None = None,
+    ) -> None:
+        self.patcher = patcher_of(family, inpainting, dtype, v_prediction=v_prediction)
+        self.model = self.patcher.model
+        self.family, self.inpainting, self.masked, self.v_prediction = family, inpainting, masked, v_prediction
+        self.positive, self.negative = small_conditioning(family, seed=1), small_conditioning(family, seed=2)
+        self.positive[0][1][TOKENS_KEY] = token_set(*self.TOKENS)[None]
+        self.hole = two_boxes() if hole is None else hole
+        batch, _, *self.size = self.hole.shape
+        self.noise = randn(batch, 4, *self.size, seed=3).float()
+        self.latent = 5.0 * randn(batch, 4, *self.size, seed=4).float()
+        self.masked_latent = 5.0 * randn(batch, 4, *self.size, seed=5).float()
+
+    @property
+    def scale(self) -> float:
+        return self.model.latent_format.scale_factor
+
+    def sigmas(self, scheduler: str, steps: int) -> torch.Tensor:
+        return comfy.samplers.calculate_sigmas(self.model.model_sampling, scheduler, steps)
+
+    def host_arguments(self) -> dict[str, Any]:
+        sides = []
+        for conditioning in (self.positive, self.negative):
+            extra = {"concat_latent_image": self.masked_latent, "concat_mask": self.hole} if self.inpainting else {}
+            sides.append([[context, {**options, **extra}] for context, options in conditioning])
+        return {
+            "positive": sides[0],
+            "negative": sides[1],
+            "latent_image": self.latent,
+            "noise_mask": self.hole if self.masked else None,
+            "disable_pbar": True,
+            "seed": 0,
+        }
+
+    def host(
+        self,
+        sigmas: torch.Tensor,
+        model: Any = None,
+        sampler: str = "euler",
+        cfg: float | None = None,
+        sampler_options: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The host's own sampling, in inference mode as in a real run; the final latent in the model's scale."""
+        chosen = comfy.samplers.sampler_object(sampler)
+        chosen.extra_options = {**chosen.extra_options, **(sampler_options or {})}
+        with torch.inference_mode():
+            latent = comfy.sample.sample_custom(
+                self.patcher if model is None else model,
+                self.noise.clone(),
+                self.CFG if cfg is None else cfg,
+                chosen,
+                sigmas,
+                **self.host_arguments(),
+            )
+        return latent.double() * self.scale
+
+    def prompt(self, conditioning: list) -> Prompt:
+        ((context, options),) = conditioning
+        height, width = (8 * side for side in self.size)
+        y = self.model.encode_adm(pooled_output=options["pooled_output"], width=width, height=height)
+        return Prompt(context, y, token_set(*self.TOKENS))
+
+    def literal(
+        self,
+        sigmas: torch.Tensor,
+        cfg: float | None = None,
+        guided_hole: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Run:
+        return literal_sample(
+            exact_unet(self.family, self.inpainting),
+            self.model.model_sampling.sigmas,
+            sigmas,
+            self.noise,
+            self.latent * self.scale,
+            [self.prompt(self.positive)],
+            [self.prompt(self.negative)],
+            self.CFG if cfg is None else cfg,
+            v_prediction=self.v_prediction,
+            concat=(self.hole, self.masked_latent * self.scale) if self.inpainting else None,
+            noise_mask=self.hole if self.masked else None,
+            hole=self.hole if guided_hole is None else guided_hole,
+            **options,
+        )
+
+    def assert_same(self, host: torch.Tensor, literal: Run) -> None:
+        exact = self.model.diffusion_model.dtype == torch.float64
+        assert relative_error(host.double() * self.scale, literal.latent) < (1.5e-5 if exact else 1e-4)
