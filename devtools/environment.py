@@ -52,7 +52,7 @@ def check_disk(folder: Path = ROOT) -> None:
     free = shutil.disk_usage(folder).free / 1e9
     if free < NEEDED_GB:
         raise UserError(
-            f"The set-up needs about {NEEDED_GB} GB of free disk space for {VENV.name} and pip's downloads; "
+            f"The set-up needs about {NEEDED_GB} GB of free disk space for {VENV.name} and ComfyUI, besides pip's cache; "
             f"{folder} has {free:.1f} GB free."
         )
 

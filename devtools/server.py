@@ -20,6 +20,8 @@ from .paths import CACHE, LOGS, ROOT, UserError
 RUNS = CACHE / "runs"
 _NOT_THE_PACK = shutil.ignore_patterns(".*", "__pycache__", "shared", "node_modules", "demo-output")
 _DAY = 24 * 3600
+# subprocess.CREATE_NEW_PROCESS_GROUP, which exists on Windows alone.
+_NEW_GROUP = 0x200
 
 
 def free_port() -> int:
@@ -156,7 +158,6 @@ class Server:
         # A folder from there could shadow the host's modules, as this checkout's `nodes` would.
         environment.pop("PYTHONPATH", None)
         # Its own group: Ctrl-C reaches dev.py alone, which then ends the whole tree.
-        group = {"creationflags": 0x200} if os.name == "nt" else {"start_new_session": True}
         self.process = subprocess.Popen(
             command,
             cwd=self.host,
@@ -167,7 +168,8 @@ class Server:
             text=True,
             encoding="utf-8",
             errors="replace",
-            **group,
+            creationflags=_NEW_GROUP if os.name == "nt" else 0,
+            start_new_session=os.name != "nt",
         )
         self._reader = threading.Thread(target=self._keep_log, args=(self.process,), daemon=True)
         self._reader.start()

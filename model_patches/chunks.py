@@ -26,7 +26,7 @@ class Chunk:
     tokens: torch.Tensor
     """Bool [1, tokens]: the prompt's own tokens."""
     area: Area | None = None
-    """(height, width, top, left) in latent cells where the conditioning is set to an area, else None."""
+    """(height, width, top, left) in latent cells where the conditioning is set to a part of the picture, else None."""
 
     def cut(self, latent: torch.Tensor) -> torch.Tensor:
         """The part of `latent` [B, C, H, W] that the rows see (a view)."""
@@ -39,11 +39,13 @@ class Chunk:
 class ChunkCond:
     """A host conditioning value (see the host's `comfy.conds`) whose batched form is a tuple of `Chunk`."""
 
-    def __init__(self, chunk: Chunk):
+    def __init__(self, chunk: Chunk, latent_size: tuple[int, int]):
         self.chunk = chunk
+        self._latent_size = latent_size
 
     def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **kwargs: object) -> ChunkCond:
-        return ChunkCond(replace(self.chunk, area=None if area is None else tuple(area)))
+        cut = None if area is None or tuple(area) == (*self._latent_size, 0, 0) else tuple(area)
+        return ChunkCond(replace(self.chunk, area=cut), self._latent_size)
 
     def can_concat(self, other: ChunkCond) -> bool:
         return True

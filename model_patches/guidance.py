@@ -56,7 +56,7 @@ def with_rasg(model: ModelPatcher, settings: RASG) -> ModelPatcher:
     model without a Stable Diffusion UNet or without cross-attention at 1/32 of the picture, and for a mask that is none.
     """
     unet = require_unet(model, "RASG")
-    if not any(t.factor == FACTOR and t.module.attn2 is not None for t in transformer_places(unet)):
+    if not any(t.factor == FACTOR for t in transformer_places(unet)):
         raise ValueError(
             "RASG reads the cross-attention at 1/32 of the picture, and this UNet has none there; load an SD1.5, SD2 or SDXL "
             "checkpoint."
@@ -69,8 +69,8 @@ def with_rasg(model: ModelPatcher, settings: RASG) -> ModelPatcher:
 
 
 def _with_guidance(model: ModelPatcher, **changes: PAIntA | RASG | None) -> ModelPatcher:
-    guidance = replace(model.model_options.get(KEY, Guidance()), **changes)
-    model.model_options[KEY] = guidance
+    options: dict[str, Any] = model.model_options
+    guidance = options[KEY] = replace(options.get(KEY, Guidance()), **changes)
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
     if guidance.painta is not None or guidance.rasg is not None:
         model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _sample)
@@ -159,6 +159,10 @@ class _Run:
         self._painta_state = None if painta_hole is None else PAIntAState(painta_hole)
         self._rasg = None if rasg_hole is None else guidance.rasg
         self._rasg_hole = rasg_hole
+        hole = rasg_hole if painta_hole is None else painta_hole
+        assert hole is not None
+        self._latent_size = (hole.shape[-2], hole.shape[-1])
+        self._batch = hole.shape[0]
         self._in_window = {
             settings: _window(model.model_sampling, settings)
             for settings in (self._painta, self._rasg)
@@ -184,7 +188,7 @@ class _Run:
         with torch.inference_mode(False):
             tokens = as_ordinary(token_set_of(entry, text.cond.shape[1]))
         chunk = Chunk(role != "negative", tokens)
-        return {**entry, "model_conds": {**entry["model_conds"], CHUNKS_KEY: ChunkCond(chunk)}}
+        return {**entry, "model_conds": {**entry["model_conds"], CHUNKS_KEY: ChunkCond(chunk, self._latent_size)}}
 
     def install(self, model_options: dict[str, Any]) -> dict[str, Any]:
         """Adds this run's wrappers to `model_options`, which must be the run's own copy."""
@@ -289,6 +293,7 @@ class _Run:
         if chunks is None:
             return executor(x, timesteps, context, y, control, options, **kwargs)
         self._check_rows(x, chunks)
+        others_write = control is not None or any(options.get(kind) for kind in ("patches", "patches_replace"))
         unet = executor.class_obj
         places = transformer_places(unet)
         painta = nullcontext()
@@ -303,7 +308,7 @@ class _Run:
                     make_weights_ordinary(unet)
                 self._ordinary_weights.add(id(unet))
             rasg = RASGCall(places, chunks, self._rasg_hole, self._latent_channels)
-            output = rasg.run(executor, x, (timesteps, context, y, control), kwargs, options)
+            output = rasg.run(executor, x, (timesteps, context, y, control), kwargs, options, others_write)
         self._add_gradient(rasg.gradient, chunks)
         return output
 
@@ -317,13 +322,11 @@ class _Run:
             target += part.to(target.device)
 
     def _check_rows(self, x: torch.Tensor, chunks: tuple[Chunk, ...]) -> None:
-        hole = self._rasg_hole if self._painta_state is None else self._painta_state.hole
-        assert hole is not None
-        expected = chunks[0].cut(hole)
-        if x.shape[-2:] != expected.shape[-2:] or x.shape[0] != expected.shape[0] * len(chunks):
+        height, width = self._latent_size if chunks[0].area is None else chunks[0].area[:2]
+        if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self._batch * len(chunks):
             raise ValueError(
-                f"PAIntA and RASG expected latents of {expected.shape[-1]}x{expected.shape[-2]} cells and the model was called "
-                f"with {x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
+                f"PAIntA and RASG expected latents of {width}x{height} cells and the model was called with "
+                f"{x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
             )
 
 

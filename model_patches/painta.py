@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import BasicTransformerBlock, optimized_attention
+from comfy.ldm.modules.attention import optimized_attention
 
 from ..imaging.masks import hole_cells
 from .autograd import full_precision
@@ -128,13 +128,10 @@ class PAIntACall:
         plain_without_relevance: bool,
     ):
         self._settings = settings
-        self._modules = {
-            t.place: t.module
+        self._places = {
+            t.place: t
             for t in places
-            if t.factor in FACTORS
-            and t.place[0] != "middle"
-            and t.module.attn2 is not None
-            and not t.module.disable_self_attn
+            if t.factor in FACTORS and t.place[0] != "middle" and not t.module.disable_self_attn
         }
         self._chunks = chunks
         self._context = context
@@ -151,7 +148,7 @@ class PAIntACall:
         """
         replace = dict(transformer_options.get("patches_replace", {}))
         attn1 = dict(replace.get("attn1", {}))
-        for place in self._modules:
+        for place in self._places:
             attn1[place] = self._keep_projections(place, attn1.get(place, attn1.get(place[:2])))
         replace["attn1"] = attn1
         transformer_options["patches_replace"] = replace
@@ -159,8 +156,8 @@ class PAIntACall:
         patches["attn1_output_patch"] = [*patches.get("attn1_output_patch", []), self._edit_output]
         transformer_options["patches"] = patches
         with ExitStack() as hooks:
-            for place, module in self._modules.items():
-                handle = module.norm1.register_forward_pre_hook(self._keep_input(place))
+            for place, t in self._places.items():
+                handle = t.module.norm1.register_forward_pre_hook(self._keep_input(place))
                 hooks.callback(handle.remove)
             yield
 
@@ -188,9 +185,10 @@ class PAIntACall:
         if block is None:
             return y
         place = (block[0], block[1], extra_options["block_index"])
-        module = self._modules.get(place)
-        if module is None:
+        t = self._places.get(place)
+        if t is None:
             return y
+        module = t.module
         x = self._block_input.pop(place)
         q, k, v = self._projections.pop(place)
         height, width = extra_options["activations_shape"][-2:]
@@ -201,7 +199,7 @@ class PAIntACall:
             # Another patch has cut the attention into tiles or merged tokens; the hole's rows look at the whole picture.
             n = module.norm1(x)
             q, k, v = module.attn1.to_q(n), module.attn1.to_k(n), module.attn1.to_v(n)
-        relevance = self._relevance_of_rows(place, module, x, y, (height, width))
+        relevance = self._relevance_of_rows(t, x, y, (height, width))
         y = y.clone()
         for group in groups:
             scale = 1.0 - self._settings.strength * (1.0 - relevance[group.rows])
@@ -218,7 +216,7 @@ class PAIntACall:
         return y
 
     def _relevance_of_rows(
-        self, place: Place, module: BasicTransformerBlock, x: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]
+        self, t: TransformerPlace, x: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
         batch = self._state.hole.shape[0]
         by_area: dict[Area | None, list[torch.Tensor]] = {}
@@ -228,18 +226,18 @@ class PAIntACall:
                 continue
             rows = slice(number * batch, (number + 1) * batch)
             length = chunk.tokens.shape[1]
-            query = module.attn2.to_q(module.norm2(x[rows] + y[rows]))
-            key = module.attn2.to_k(self._context[rows, :length])
+            query = t.cross.to_q(t.module.norm2(x[rows] + y[rows]))
+            key = t.cross.to_k(self._context[rows, :length])
             tokens = chunk.tokens.to(query.device)
-            c = prompt_relevance(query, key, module.n_heads, tokens, grid, self._settings.smooth)
+            c = prompt_relevance(query, key, t.module.n_heads, tokens, grid, self._settings.smooth)
             of_chunk[number] = c
             by_area.setdefault(chunk.area, []).append(c)
         for area, relevances in by_area.items():
-            self._state.relevance[place, area] = torch.stack(relevances).mean(dim=0).detach()
+            self._state.relevance[t.place, area] = torch.stack(relevances).mean(dim=0).detach()
         for number, chunk in enumerate(self._chunks):
             if chunk.conditional:
                 continue
-            shared = self._state.relevance.get((place, chunk.area))
+            shared = self._state.relevance.get((t.place, chunk.area))
             if shared is None:
                 if not self._plain_without_relevance:
                     raise NeedsConditionalRows

@@ -8,12 +8,14 @@ takes the place of the noise in DDIM's step (equation 7).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ..imaging.masks import hole_cells
 from .autograd import as_ordinary, full_precision, gradients_enabled
@@ -62,8 +64,8 @@ class RASGCall:
     def __init__(
         self, places: Sequence[TransformerPlace], chunks: Sequence[Chunk], hole: torch.Tensor, latent_channels: int
     ):
-        self._modules = {t.place: t.module for t in places if t.factor == FACTOR and t.module.attn2 is not None}
-        self._last = list(self._modules)[-1]
+        self._cross = {t.place: t.cross for t in places if t.factor == FACTOR}
+        self._last = list(self._cross)[-1]
         self._chunks = chunks
         self._hole = hole
         self._latent_channels = latent_channels
@@ -80,14 +82,16 @@ class RASGCall:
         arguments: Sequence[Any],
         keywords: dict[str, Any],
         transformer_options: dict[str, Any],
+        others_write: bool,
     ) -> torch.Tensor:
-        """Runs `unet(x, *arguments, transformer_options, **keywords)` and returns its output, detached.
+        """Runs `unet(x, timesteps, context, y, control, transformer_options, **keywords)` and returns its output, detached.
 
         The graph ends at the last block at 1/32: the backward pass runs there and then, before the expensive fine output
-        blocks, which record nothing. Raises RuntimeError where the gradient is not finite.
+        blocks, which record nothing. ControlNets and other packs' patches (FreeU, say) write into tensors that autograd
+        needs later: `others_write` makes it keep copies of those. Raises RuntimeError where the gradient is not finite.
         """
         self._dtype = x.dtype
-        with gradients_enabled():
+        with gradients_enabled(), allow_mutation_on_saved_tensors() if others_write else nullcontext():
             self._latent = full_precision(x[:, : self._latent_channels]).clone().requires_grad_()
             rest = as_ordinary(x[:, self._latent_channels :].clone())
             inputs = torch.cat((self._latent.to(x.dtype), rest), dim=1)
@@ -106,17 +110,17 @@ class RASGCall:
         self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         place: Place = (*extra_options["block"], extra_options["block_index"])
-        module = self._modules.get(place)
-        if module is None:
+        cross = self._cross.get(place)
+        if cross is None:
             return n, context, value
         batch = self._hole.shape[0]
         for number, chunk in enumerate(self._chunks):
             rows = slice(number * batch, (number + 1) * batch)
             tokens = chunk.tokens[0].nonzero()[:, 0].to(context.device)
-            query = full_precision(module.attn2.to_q(n[rows]))
-            key = full_precision(module.attn2.to_k(context[rows][:, tokens]))
+            query = full_precision(cross.to_q(n[rows]))
+            key = full_precision(cross.to_k(context[rows][:, tokens]))
             # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
-            scores = query @ key.transpose(1, 2) * (module.d_head**-0.5 / module.n_heads)
+            scores = query @ key.transpose(1, 2) * (cross.dim_head**-0.5 / cross.heads)
             self._scores[number] = self._scores[number] + scores if number in self._scores else scores
         if place == self._last:
             self.gradient = self._gradient(tuple(extra_options["activations_shape"][-2:]))
@@ -127,7 +131,7 @@ class RASGCall:
         score = self._latent.new_zeros(())
         for number, chunk in enumerate(self._chunks):
             hole = hole_cells(chunk.cut(self._hole), grid).flatten(1).to(self._latent.device)
-            score = score + attention_score(self._scores[number] / len(self._modules), hole)
+            score = score + attention_score(self._scores[number] / len(self._cross), hole)
         # Half precision would lose the small gradient of a mean over many pixels.
         scale = float(grid[0] * grid[1]) if self._dtype == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(score * scale, self._latent)

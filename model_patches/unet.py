@@ -6,7 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialTransformer, SpatialVideoTransformer
+from comfy.ldm.modules.attention import (
+    BasicTransformerBlock,
+    CrossAttention,
+    SpatialTransformer,
+    SpatialVideoTransformer,
+)
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
 Place = tuple[str, int, int]
@@ -15,15 +20,18 @@ Place = tuple[str, int, int]
 
 @dataclass(frozen=True)
 class TransformerPlace:
-    """A transformer block of a UNet and how many times coarser than the latent its grid is (1, 2, 4 or 8)."""
+    """A transformer block of a UNet that reads the text."""
 
     place: Place
     module: BasicTransformerBlock
+    cross: CrossAttention
+    """Its cross-attention, `module.attn2`."""
     factor: int
+    """How many times coarser than the latent its grid is: 1, 2, 4 or 8."""
 
 
 def transformer_places(unet: UNetModel) -> list[TransformerPlace]:
-    """The UNet's image transformer blocks in the order in which a forward pass reaches them."""
+    """The UNet's transformer blocks with cross-attention, in the order in which a forward pass reaches them."""
     found: list[TransformerPlace] = []
     factor = 1
     middle = [unet.middle_block] if unet.middle_block is not None else []
@@ -33,7 +41,8 @@ def transformer_places(unet: UNetModel) -> list[TransformerPlace]:
                 if isinstance(layer, SpatialTransformer) and not isinstance(layer, SpatialVideoTransformer):
                     for depth, module in enumerate(layer.transformer_blocks):
                         assert isinstance(module, BasicTransformerBlock)
-                        found.append(TransformerPlace((name, index, depth), module, factor))
+                        if module.attn2 is not None:
+                            found.append(TransformerPlace((name, index, depth), module, module.attn2, factor))
                 elif isinstance(layer, Downsample) or (isinstance(layer, ResBlock) and _resamples(layer, Downsample)):
                     factor *= 2
                 elif isinstance(layer, Upsample) or (isinstance(layer, ResBlock) and _resamples(layer, Upsample)):
@@ -62,7 +71,7 @@ def require_unet(model: object, who: str) -> UNetModel:
             f"{who} works on {families}, which have a UNet with cross-attention; this MODEL is {type(inner).__name__}. "
             "Load one of those checkpoints."
         )
-    usable = [t for t in transformer_places(unet) if t.module.attn2 is not None and not t.module.disable_self_attn]
+    usable = [t for t in transformer_places(unet) if not t.module.disable_self_attn]
     if not any(t.factor in (2, 4) and t.place[0] != "middle" for t in usable):
         raise ValueError(
             f"{who} works on {families}; this UNet ({type(inner).__name__}) has no self-attention with a text prompt at 1/16 "

@@ -120,7 +120,8 @@ def test_holes(name: str, painta: bool, rasg: bool) -> None:
     sigmas = scene.sigmas("simple", 4)
     ours = scene.host(sigmas, with_guidance(scene, painta, rasg))
     literal = scene.literal(sigmas, **literal_options(painta, rasg)).latent
-    assert relative_error(ours, literal) < TOLERANCE
+    # Where all but one cell is known the deviation is small; the host's float32 latents round with their range.
+    assert float((ours - literal).abs().max() / literal.abs().max()) < TOLERANCE / 5
     # Without a known pixel (at the levels where it acts) PAIntA has nothing to turn down.
     unchanged = torch.equal(ours, scene.host(sigmas))
     assert unchanged == (painta and not rasg and name in ("all", "all but one cell"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
+from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -163,23 +165,24 @@ def test_help_page_has_a_row_for_each_input_with_its_default_and_range(pack_node
         schema = node.GET_SCHEMA()
         text = (HELP / node_id / "en.md").read_text(encoding="utf-8")
         assert text.startswith(f"# {schema.display_name}\n"), node_id
-        rows = {}
-        for line in text.splitlines():
-            cells = [cell.strip() for cell in line.split("|")[1:-1]]
-            if len(cells) == 4 and cells[0].startswith("`"):
-                rows[cells[0].strip("`")] = cells
+        rows = dict(re.findall(r"^\| `(\w+)` \| \*(.+?)\.\* \S.* \|$", text, re.MULTILINE))
         assert list(rows) == [item.id for item in schema.inputs], node_id
         for item in schema.inputs:
-            default, limits = getattr(item, "default", None), getattr(item, "min", None)
-            _, shown, span, _ = rows[item.id]
             where = f"{node_id}.{item.id}"
+            shown, _, span = rows[item.id].partition("; ")
+            default = getattr(item, "default", None)
             if isinstance(default, bool):
-                assert shown == ("on" if default else "off"), where
+                assert (shown, span) == ("on" if default else "off", "on or off"), where
             elif isinstance(default, int | float):
                 assert float(shown) == default, where
-            elif default:
-                assert shown == str(default), where
-            if limits is not None:
                 assert [float(end) for end in span.split(" to ")] == [item.min, item.max], where
-            if options := getattr(item, "options", None):
-                assert all(f"`{option}`" in span for option in options), where
+            elif default:
+                assert shown.strip("`") == default, where
+            for option in getattr(item, "options", None) or ():
+                assert f"`{option}`" in rows[item.id], where
+
+
+def test_help_page_of_rasg_names_every_stochastic_form(pack_module: Callable[[str], ModuleType]) -> None:
+    forms = pack_module("model_patches.stochastic").STOCHASTIC_FORMS
+    text = (HELP / "TrueFillRASG" / "en.md").read_text(encoding="utf-8")
+    assert dict(re.findall(r"^- `(\w+)`(?: and `ddim`)? as `(\w+)`", text, re.MULTILINE)) == forms

@@ -53,27 +53,27 @@ async function drop(page, file) {
 }
 
 const seen = () => {
-  const graph = window.app.graph
-  const nodes = graph.nodes.map((node) => {
+  const { app, LiteGraph } = window
+  const nodes = app.graph.nodes.map((node) => {
+    // The classic canvas has no element for a node. In both modes a node grows until its title fits.
     const element = document.querySelector(`[data-node-id="${node.id}"]`)
     const rect = element?.getBoundingClientRect()
     const [x, y, width, height] = node.boundingRect
     return {
       id: String(node.id),
       type: node.type,
-      broken: !!node.has_errors || !window.LiteGraph.registered_node_types[node.type],
-      // The classic canvas has no element for a node.
+      broken: !!node.has_errors || !LiteGraph.registered_node_types[node.type],
       element: !!element,
-      box: rect ? [rect.left, rect.top, rect.right, rect.bottom] : [x, y, x + width, y + height],
-      cut: [...(element?.querySelectorAll('[data-testid="node-title"], .comfy-markdown, textarea') ?? [])]
-        .filter((part) => part.scrollWidth > part.clientWidth + 1 || part.scrollHeight > part.clientHeight + 1)
-        .map((part) => part.textContent || part.value)
+      box: rect ? [rect.left, rect.top, rect.right, rect.bottom] : [x, y, x + width, y + height]
     }
   })
-  const dialogs = [...document.querySelectorAll('[role="dialog"], .p-dialog')]
-    .filter((dialog) => dialog.checkVisibility())
-    .map((dialog) => dialog.textContent)
-  return { nodes, dialogs }
+  const shown = (selector) => [...document.querySelectorAll(selector)].filter((part) => part.checkVisibility())
+  const notes = shown('.comfy-markdown .tiptap, .comfy-markdown-content')
+  const cut = [...notes, ...shown('textarea:not(.comfy-markdown *)')]
+    .filter((part) => part.scrollHeight > part.clientHeight + 1)
+    .map((part) => part.value || part.innerText)
+  const dialogs = shown('[role="dialog"], .p-dialog').map((dialog) => dialog.innerText)
+  return { nodes, dialogs, cut, notes: notes.map((note) => note.innerText) }
 }
 
 async function run(page, steps) {
@@ -114,14 +114,20 @@ async function help(page, type) {
   await page.click('[data-testid="info-button"]', { timeout: SHOW })
   const content = page.locator('.node-help-content')
   await content.locator('table').first().waitFor({ timeout: SHOW })
-  return content.innerText()
+  return content.evaluate((content) => {
+    const edge = content.getBoundingClientRect().right
+    const wide = [...content.querySelectorAll('td, p, li')].filter((part) => part.getBoundingClientRect().right > edge + 1)
+    return { text: content.innerText, wide: wide.map((part) => part.innerText) }
+  })
 }
 
 async function main() {
   await post('/api/settings', {
     'Comfy.TutorialCompleted': true,
     'Comfy.InstalledVersion': '99.0.0',
-    'Comfy.VueNodes.Enabled': job.nodes2
+    'Comfy.VueNodes.Enabled': job.nodes2,
+    // An earlier page may have left it open.
+    'Comfy.RightSidePanel.IsOpen': false
   })
   const report = { pageErrors: [], graphs: {} }
   const options = ['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
