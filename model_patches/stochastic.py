@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -49,6 +50,8 @@ def with_noise(sampler: object, eta: float, noise: NoiseFactory | None, sigma: s
         raise ValueError(f"RASG cannot change the noise of {type(sampler).__name__}; {_ADVICE}")
     options = dict(sampler.extra_options)
     name, function = _stochastic_form(sampler, options)
+    if function is not sampler.sampler_function:
+        logging.info("RASG: this sampler adds no noise, so '%s' runs in its place.", name)
     if sigma == "released":
         if function is not k_diffusion.sample_euler_ancestral:
             raise ValueError(

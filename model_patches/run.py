@@ -1,0 +1,237 @@
+"""One run of a sampler with PAIntA, RASG or both: what its model calls need to know, and what they tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from comfy.k_diffusion.sampling import default_noise_sampler
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+
+from . import stochastic
+from .autograd import as_ordinary, make_weights_ordinary
+from .chunks import CHUNKS_KEY, Chunk, ChunkCond
+from .painta import NeedsConditionalRows, PAIntA, PAIntACall, PAIntAState
+from .prompt_tokens import token_set_of
+from .rasg import RASG, RASGCall, normalized
+from .unet import transformer_places
+
+KEY = "TrueFill"
+"""Key of our wrappers, and of the nodes' settings in `model_options`."""
+
+
+class GuidedRun:
+    """The state of one run, and the wrappers through which the host's calls reach it."""
+
+    def __init__(
+        self,
+        model: Any,
+        painta: PAIntA | None,
+        painta_hole: torch.Tensor | None,
+        rasg: RASG | None,
+        rasg_hole: torch.Tensor | None,
+    ):
+        """`model` is the host's loaded model; a method whose hole ([B, 1, h, w] on the latent grid) is None does not act."""
+        self._painta = None if painta_hole is None else painta
+        self._painta_state = None if painta_hole is None else PAIntAState(painta_hole)
+        self._rasg = None if rasg_hole is None else rasg
+        self._rasg_hole = rasg_hole
+        hole = rasg_hole if painta_hole is None else painta_hole
+        if hole is None:
+            raise ValueError("A guided run needs a hole.")
+        self._latent_size = (hole.shape[-2], hole.shape[-1])
+        self._batch = hole.shape[0]
+        self._in_window = {
+            settings: _window(model.model_sampling, settings)
+            for settings in (self._painta, self._rasg)
+            if settings is not None
+        }
+        self._latent_channels = model.latent_format.latent_channels
+        self._sigma = 0.0
+        self._conditional_first = False
+        self._plain_without_relevance = False
+        self._gradient_due = False
+        self._recording = False
+        self._gradient: torch.Tensor | None = None
+        self._ordinary_weights: set[int] = set()
+
+    def conds_with_chunks(self, conds: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+        """The guider's conditionings, each with its role and token set attached. The given ones are not changed."""
+        return {role: [self._with_chunk(role, entry) for entry in entries] for role, entries in conds.items()}
+
+    def _with_chunk(self, role: str, entry: dict[str, Any]) -> dict[str, Any]:
+        text = entry["model_conds"].get("c_crossattn")
+        if text is None:
+            return entry
+        with torch.inference_mode(False):
+            tokens = as_ordinary(token_set_of(entry, text.cond.shape[1]))
+        chunk = Chunk(role != "negative", tokens)
+        return {**entry, "model_conds": {**entry["model_conds"], CHUNKS_KEY: ChunkCond(chunk, self._latent_size)}}
+
+    def install(self, model_options: dict[str, Any]) -> dict[str, Any]:
+        """Adds this run's wrappers to `model_options`, which must be the run's own copy."""
+        add_wrapper_with_key(
+            WrappersMP.CALC_COND_BATCH, KEY, self._calc_cond_batch, model_options, is_model_options=True
+        )
+        add_wrapper_with_key(
+            WrappersMP.DIFFUSION_MODEL, KEY, self._diffusion_model, model_options, is_model_options=True
+        )
+        return model_options
+
+    def sampler(self, sampler: Any) -> Any:
+        """The sampler to run: with RASG a copy whose noise is the gradient, else the given one."""
+        if self._rasg is None:
+            return sampler
+        changed = stochastic.with_noise(sampler, self._rasg.eta, self._noise(sampler), self._rasg.sigma)
+        sample = changed.sampler_function
+        changed.sampler_function = lambda model, *args, **kwargs: sample(_Evaluations(model, self), *args, **kwargs)
+        return changed
+
+    def begin_evaluation(self) -> None:
+        """The sampler is about to evaluate the model: the gradient of the evaluation before is spent."""
+        self._gradient = None
+        self._gradient_due = self._rasg is not None and self._rasg.eta > 0
+
+    def _noise(self, sampler: Any) -> stochastic.NoiseFactory:
+        assert self._rasg is not None and self._rasg_hole is not None
+        # A sampler without an eta cannot add less noise, so a share of its noise is replaced instead.
+        share = self._rasg.strength * (1.0 if stochastic.has_eta(sampler) else min(self._rasg.eta, 1.0))
+        has_hole = self._rasg_hole.flatten(1).any(dim=1).view(-1, 1, 1, 1)
+
+        def factory(x: torch.Tensor, seed: int | None) -> stochastic.NoiseSampler:
+            random = default_noise_sampler(x, seed=seed)
+
+            def draw(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+                noise = random(sigma, sigma_next)
+                if self._gradient is None:
+                    return noise
+                mixed = share * normalized(self._gradient).to(noise) + (1.0 - share**2) ** 0.5 * noise
+                return torch.where(has_hole, mixed, noise)
+
+            return draw
+
+        return factory
+
+    def _active(self, settings: PAIntA | RASG | None) -> bool:
+        return settings is not None and self._in_window[settings](self._sigma)
+
+    def _calc_cond_batch(
+        self,
+        executor: Any,
+        model: Any,
+        conds: list[Any],
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[torch.Tensor]:
+        """Wrapper around the host's evaluation of all conditionings at one noise level."""
+        self._sigma = float(timestep[0])
+        if self._painta_state is not None:
+            self._painta_state.relevance.clear()
+        gradient_due, self._gradient_due = self._gradient_due and self._active(self._rasg), False
+        model_options = args[0] if args else kwargs.get("model_options", {})
+        if not (gradient_due or self._conditional_first or "multigpu_clones" in model_options):
+            try:
+                return executor(model, conds, x, timestep, *args, **kwargs)
+            except NeedsConditionalRows:
+                # Short of memory the host evaluates the negative prompt by itself, and before the positive one.
+                self._conditional_first = True
+        negative = [any(_is_negative(entry) for entry in entries or ()) for entries in conds]
+        self._recording = gradient_due
+        try:
+            positives = [None if skip else entries for skip, entries in zip(negative, conds, strict=True)]
+            out = executor(model, positives, x, timestep, *args, **kwargs)
+        finally:
+            self._recording = False
+        if not any(negative):
+            return out
+        self._plain_without_relevance = True
+        try:
+            negatives = [entries if take else None for take, entries in zip(negative, conds, strict=True)]
+            rest = executor(model, negatives, x, timestep, *args, **kwargs)
+        finally:
+            self._plain_without_relevance = False
+        return [second if take else first for take, first, second in zip(negative, out, rest, strict=True)]
+
+    def _diffusion_model(
+        self,
+        executor: Any,
+        x: torch.Tensor,
+        timesteps: Any = None,
+        context: Any = None,
+        y: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Wrapper around one call of the UNet."""
+        chunks: tuple[Chunk, ...] | None = kwargs.pop(CHUNKS_KEY, None)
+        options = {} if transformer_options is None else transformer_options.copy()
+        if chunks is None:
+            return executor(x, timesteps, context, y, control, options, **kwargs)
+        self._check_rows(x, chunks)
+        others_write = control is not None or any(options.get(kind) for kind in ("patches", "patches_replace"))
+        unet = executor.class_obj
+        places = transformer_places(unet)
+        painta = nullcontext()
+        if self._painta is not None and self._painta_state is not None and self._active(self._painta):
+            call = PAIntACall(self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance)
+            painta = call.installed(options)
+        with painta:
+            if not self._recording or self._rasg_hole is None:
+                return executor(x, timesteps, context, y, control, options, **kwargs)
+            if id(unet) not in self._ordinary_weights:
+                with torch.inference_mode(False):
+                    make_weights_ordinary(unet)
+                self._ordinary_weights.add(id(unet))
+            rasg = RASGCall(places, chunks, self._rasg_hole, self._latent_channels)
+            output = rasg.run(executor, x, (timesteps, context, y, control), kwargs, options, others_write)
+        self._add_gradient(rasg.gradient, chunks)
+        return output
+
+    def _add_gradient(self, gradient: torch.Tensor, chunks: tuple[Chunk, ...]) -> None:
+        assert self._rasg_hole is not None
+        batch, _, height, width = self._rasg_hole.shape
+        if self._gradient is None:
+            self._gradient = gradient.new_zeros(batch, gradient.shape[1], height, width)
+        for chunk, part in zip(chunks, gradient.split(batch), strict=True):
+            target = chunk.cut(self._gradient)
+            target += part.to(target.device)
+
+    def _check_rows(self, x: torch.Tensor, chunks: tuple[Chunk, ...]) -> None:
+        height, width = self._latent_size if chunks[0].area is None else chunks[0].area[:2]
+        if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self._batch * len(chunks):
+            raise ValueError(
+                f"PAIntA and RASG expected latents of {width}x{height} cells and the model was called with "
+                f"{x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
+            )
+
+
+class _Evaluations:
+    """The model as a sampler calls it, telling the run when an evaluation begins."""
+
+    def __init__(self, model: Any, run: GuidedRun):
+        self._model = model
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._run.begin_evaluation()
+        return self._model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _is_negative(entry: dict[str, Any]) -> bool:
+    cond = entry["model_conds"].get(CHUNKS_KEY)
+    return cond is None or not cond.chunk.conditional
+
+
+def _window(model_sampling: Any, settings: PAIntA | RASG) -> Callable[[float], bool]:
+    """Whether a noise level lies between start and end, in percent of sampling."""
+    first = model_sampling.percent_to_sigma(settings.start_percent)
+    last = model_sampling.percent_to_sigma(settings.end_percent)
+    return lambda sigma: last < sigma <= first
