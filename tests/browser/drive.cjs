@@ -1,6 +1,6 @@
 // Drives the editor in chromium for test_editor.py.
-//     node drive.cjs '{"address", "chromium", "nodes2", "pictures", "graphs": [{"name", "file", "id", "steps"}]}'
-// Drops each graph's file on the canvas as a person would, and runs it where `steps` is given. What is seen in the page
+//     node drive.cjs '{"address", "chromium", "nodes2", "pictures", "graphs": [{"name", "file", "id", "changes"}]}'
+// Drops each graph's file on the canvas as a person would, sets widgets (`changes`: node type, widget, value) and runs it. What is seen in the page
 // goes to standard output as JSON; whether that is right is for the tests to say.
 'use strict'
 
@@ -76,16 +76,20 @@ const seen = () => {
   return { nodes, dialogs, cut, notes: notes.map((note) => note.innerText) }
 }
 
-async function run(page, steps) {
-  const saveId = await page.evaluate((steps) => {
+async function run(page, changes) {
+  const saveId = await page.evaluate((changes) => {
     const only = (type) => {
       const found = window.app.graph.nodes.filter((node) => node.type === type)
       if (found.length !== 1) throw new Error(`${found.length} nodes of type ${type}`)
       return found[0]
     }
-    only('KSampler').widgets.find((widget) => widget.name === 'steps').value = steps
+    for (const [type, values] of Object.entries(changes)) {
+      for (const [name, value] of Object.entries(values)) {
+        only(type).widgets.find((widget) => widget.name === name).value = value
+      }
+    }
     return only('SaveImage').id
-  }, steps)
+  }, changes)
   await page.click('[data-testid="queue-button"]')
   const result = await page.waitForFunction(
     ([id, nodes2]) => {
@@ -136,7 +140,7 @@ async function main() {
   let page
   try {
     page = await open(browser, report)
-    for (const { name, file, id, steps } of job.graphs) {
+    for (const { name, file, id, changes } of job.graphs) {
       await drop(page, file)
       await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
       await drawn(page)
@@ -144,11 +148,9 @@ async function main() {
       const found = await page.evaluate(seen)
       found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
       await page.screenshot({ path: `${picture}.png` })
-      if (steps) {
-        found.result = await run(page, steps)
-        await drawn(page)
-        await page.screenshot({ path: `${picture}-result.png` })
-      }
+      found.result = await run(page, changes)
+      await drawn(page)
+      await page.screenshot({ path: `${picture}-result.png` })
       if (job.help && name === job.graphs.at(-1).name) {
         report.help = {}
         for (const type of job.help) {
