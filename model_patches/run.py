@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -129,9 +129,14 @@ class GuidedRun:
     ) -> list[torch.Tensor]:
         """Wrapper around the host's evaluation of all conditionings at one noise level."""
         self._sigma = float(timestep[0])
+        gradient_due, self._gradient_due = self._gradient_due and self._active(self._rasg), False
+        negative = [any(_is_negative(entry) for entry in entries or ()) for entries in conds]
+        if not any(entries for skip, entries in zip(negative, conds, strict=True) if not skip):
+            # Another node (SAG, say) asks for the negative prompt alone: it keeps the relevance found at this noise level.
+            with self._without_positive():
+                return executor(model, conds, x, timestep, *args, **kwargs)
         if self._painta_state is not None:
             self._painta_state.relevance.clear()
-        gradient_due, self._gradient_due = self._gradient_due and self._active(self._rasg), False
         model_options = args[0] if args else kwargs.get("model_options", {})
         if not (gradient_due or self._conditional_first or "multigpu_clones" in model_options):
             try:
@@ -139,7 +144,6 @@ class GuidedRun:
             except NeedsConditionalRows:
                 # Short of memory the host evaluates the negative prompt by itself, and before the positive one.
                 self._conditional_first = True
-        negative = [any(_is_negative(entry) for entry in entries or ()) for entries in conds]
         self._recording = gradient_due
         try:
             positives = [None if skip else entries for skip, entries in zip(negative, conds, strict=True)]
@@ -148,13 +152,19 @@ class GuidedRun:
             self._recording = False
         if not any(negative):
             return out
-        self._plain_without_relevance = True
-        try:
+        with self._without_positive():
             negatives = [entries if take else None for take, entries in zip(negative, conds, strict=True)]
             rest = executor(model, negatives, x, timestep, *args, **kwargs)
+        return [second if take else first for take, first, second in zip(negative, out, rest, strict=True)]
+
+    @contextmanager
+    def _without_positive(self) -> Iterator[None]:
+        """No rows of a positive prompt will come: rows for which no relevance is known stay plain."""
+        self._plain_without_relevance = True
+        try:
+            yield
         finally:
             self._plain_without_relevance = False
-        return [second if take else first for take, first, second in zip(negative, out, rest, strict=True)]
 
     def _diffusion_model(
         self,
