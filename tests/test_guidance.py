@@ -189,17 +189,7 @@ class TestSamplers:
         guider = custom.Guider_DualCFG(model)
         guider.set_conds(arguments["positive"], arguments["positive"], arguments["negative"])
         guider.set_cfg(scene.CFG, scene.CFG)
-        with torch.inference_mode():
-            dual = guider.sample(
-                scene.noise.clone(),
-                scene.latent,
-                comfy.samplers.sampler_object("euler"),
-                sigmas,
-                denoise_mask=scene.hole,
-                disable_pbar=True,
-                seed=0,
-            )
-        assert_close(dual.double() * scene.scale, scene.host(sigmas, model))
+        assert_close(scene.host_by_guider(guider, sigmas), scene.host(sigmas, model))
 
 
 class TestConditioning:

@@ -130,6 +130,20 @@ class Scene:
             )
         return latent.double() * self.scale
 
+    def host_by_guider(self, guider: comfy.samplers.CFGGuider, sigmas: torch.Tensor) -> torch.Tensor:
+        """As `host`, with a guider whose conditioning is set."""
+        with torch.inference_mode():
+            latent = guider.sample(
+                self.noise.clone(),
+                self.latent,
+                comfy.samplers.sampler_object("euler"),
+                sigmas,
+                denoise_mask=self.hole,
+                disable_pbar=True,
+                seed=0,
+            )
+        return latent.double() * self.scale
+
     def prompt(self, conditioning: list) -> Prompt:
         ((context, options),) = conditioning
         height, width = (8 * side for side in self.size)
