@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 
 @contextmanager
@@ -33,6 +34,28 @@ def as_ordinary(value: Any) -> Any:
 def full_precision(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` in float32, or in its own type where that is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def saving_copies(module: torch.nn.Module, on_cpu: bool) -> saved_tensors_hooks:
+    """Records a graph with copies of what the backward pass needs, so that code in between may write into the originals.
+
+    `on_cpu` keeps the copies in main memory. The weights of `module`, into which nobody writes, are saved as they are.
+    """
+    weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.device, torch.Tensor]:
+        if tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        copy = tensor.detach().to("cpu", copy=True) if on_cpu else tensor.detach().clone()
+        return tensor.device, copy
+
+    def unpack(saved: torch.Tensor | tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        device, copy = saved
+        return copy.to(device)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 def make_weights_ordinary(module: torch.nn.Module) -> None:

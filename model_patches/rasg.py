@@ -8,14 +8,13 @@ takes the place of the noise in DDIM's step (equation 7).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules.attention import attention_pytorch
-from torch.autograd.graph import allow_mutation_on_saved_tensors
 
 from ..imaging.masks import hole_cells
 from .autograd import as_ordinary, full_precision, gradients_enabled
@@ -82,16 +81,16 @@ class RASGCall:
         arguments: Sequence[Any],
         keywords: dict[str, Any],
         transformer_options: dict[str, Any],
-        others_write: bool,
+        saving: AbstractContextManager[Any],
     ) -> torch.Tensor:
         """Runs `unet(x, timesteps, context, y, control, transformer_options, **keywords)` and returns its output, detached.
 
         The graph ends at the last block at 1/32: the backward pass runs there and then, before the expensive fine output
-        blocks, which record nothing. ControlNets and other packs' patches (FreeU, say) write into tensors that autograd
-        needs later: `others_write` makes it keep copies of those. Raises RuntimeError where the gradient is not finite.
+        blocks, which record nothing. `saving` is the context in which the graph is recorded (see `autograd.saving_copies`).
+        Raises RuntimeError where the gradient is not finite.
         """
         self._dtype = x.dtype
-        with gradients_enabled(), allow_mutation_on_saved_tensors() if others_write else nullcontext():
+        with gradients_enabled(), saving:
             self._latent = full_precision(x[:, : self._latent_channels]).clone().requires_grad_()
             rest = as_ordinary(x[:, self._latent_channels :].clone())
             inputs = torch.cat((self._latent.to(x.dtype), rest), dim=1)

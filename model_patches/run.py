@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
+from comfy.model_management import OOM_EXCEPTION, soft_empty_cache
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import stochastic
-from .autograd import as_ordinary, make_weights_ordinary
+from .autograd import as_ordinary, make_weights_ordinary, saving_copies
 from .chunks import CHUNKS_KEY, Chunk, ChunkCond
 from .painta import NeedsConditionalRows, PAIntA, PAIntACall, PAIntAState
 from .prompt_tokens import token_set_of
 from .rasg import RASG, RASGCall, normalized
-from .unet import transformer_places
+from .unet import TransformerPlace, transformer_places
 
 KEY = "TrueFill"
 """Key of our wrappers, and of the nodes' settings in `model_options`."""
@@ -54,6 +56,7 @@ class GuidedRun:
         self._plain_without_relevance = False
         self._gradient_due = False
         self._recording = False
+        self._graph_on_cpu = False
         self._gradient: torch.Tensor | None = None
         self._ordinary_weights: set[int] = set()
 
@@ -183,6 +186,7 @@ class GuidedRun:
         if chunks is None:
             return executor(x, timesteps, context, y, control, options, **kwargs)
         self._check_rows(x, chunks)
+        # ControlNets and some packs' patches (FreeU, say) write into tensors that autograd needs afterwards.
         others_write = control is not None or any(options.get(kind) for kind in ("patches", "patches_replace"))
         unet = executor.class_obj
         places = transformer_places(unet)
@@ -197,9 +201,41 @@ class GuidedRun:
                 with torch.inference_mode(False):
                     make_weights_ordinary(unet)
                 self._ordinary_weights.add(id(unet))
-            rasg = RASGCall(places, chunks, self._rasg_hole, self._latent_channels)
-            output = rasg.run(executor, x, (timesteps, context, y, control), kwargs, options, others_write)
-        self._add_gradient(rasg.gradient, chunks)
+            return self._guided_call(
+                executor, x, (timesteps, context, y, control), kwargs, options, places, chunks, others_write
+            )
+
+    def _guided_call(
+        self,
+        executor: Any,
+        x: torch.Tensor,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        options: dict[str, Any],
+        places: list[TransformerPlace],
+        chunks: tuple[Chunk, ...],
+        others_write: bool,
+    ) -> torch.Tensor:
+        """One call of the UNet on conditional rows, which adds to the run's gradient."""
+        hole = self._rasg_hole
+        assert hole is not None
+
+        def call() -> tuple[torch.Tensor, torch.Tensor]:
+            rasg = RASGCall(places, chunks, hole, self._latent_channels)
+            copies = others_write or self._graph_on_cpu
+            saving = saving_copies(executor.class_obj, self._graph_on_cpu) if copies else nullcontext()
+            return rasg.run(executor, x, arguments, keywords, options.copy(), saving), rasg.gradient
+
+        try:
+            output, gradient = call()
+        except OOM_EXCEPTION:
+            if self._graph_on_cpu:
+                raise
+            logging.info("RASG: the graph does not fit on the GPU and goes to main memory, which is slower.")
+            self._graph_on_cpu = True
+            soft_empty_cache()
+            output, gradient = call()
+        self._add_gradient(gradient, chunks)
         return output
 
     def _add_gradient(self, gradient: torch.Tensor, chunks: tuple[Chunk, ...]) -> None:

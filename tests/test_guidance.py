@@ -371,6 +371,26 @@ class TestOtherPatches:
         assert counts[True] == 0
         assert counts[False] > 0
 
+    def test_writing_into_what_autograd_has_saved_changes_no_gradient(self, scene: Scene) -> None:
+        """The same patch written in place and not: FreeU and others do the former."""
+
+        def in_place(h, hsp, options):
+            h[:, ::2] = h[:, ::2] * (1.0 + h.mean(1, keepdim=True).tanh())
+            return h, hsp
+
+        def apart(h, hsp, options):
+            scale = torch.zeros_like(h)
+            scale[:, ::2] = 1.0
+            return h * (1.0 + scale * h.mean(1, keepdim=True).tanh()), hsp
+
+        sigmas = scene.sigmas("simple", 2)
+        results = []
+        for patch in (in_place, apart):
+            model = guidance.with_rasg(scene.patcher, RASG(eta=0.5)).clone()
+            model.set_model_output_block_patch(patch)
+            results.append(scene.host(sigmas, model))
+        assert_close(*results)
+
     def test_a_controlnet_on_the_same_model(self, scene: Scene) -> None:
         import comfy.cldm.cldm
         import comfy.controlnet
@@ -422,6 +442,29 @@ class TestErrors:
             assert hooks_on(scene.model.diffusion_model) == 0
             assert not torch.is_grad_enabled() or not torch.is_inference_mode_enabled()
             assert torch.equal(scene.host(sigmas, model), expected)
+
+    def test_a_graph_that_does_not_fit_goes_to_main_memory(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        rasg = pack_module("model_patches.rasg")
+        model = both(scene.patcher)
+        sigmas = scene.sigmas("simple", 3)
+        expected = scene.host(sigmas, model)
+        where, gradient = [], rasg.RASGCall._gradient
+
+        def too_big(self, grid):
+            if not where:
+                raise comfy.model_management.OOM_EXCEPTION("out of memory")
+            return gradient(self, grid)
+
+        saving_copies = pack_module("model_patches.autograd").saving_copies
+
+        def note(module, on_cpu):
+            where.append(on_cpu)
+            return saving_copies(module, on_cpu)
+
+        monkeypatch.setattr(rasg.RASGCall, "_gradient", too_big)
+        monkeypatch.setattr(pack_module("model_patches.run"), "saving_copies", note)
+        assert_close(scene.host(sigmas, model), expected, 1e-5)
+        assert where == [True] * 3
 
     def test_a_model_without_a_unet_is_refused(self) -> None:
         class Flux(torch.nn.Module):
