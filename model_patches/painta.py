@@ -139,6 +139,7 @@ class PAIntACall:
         self._plain_without_relevance = plain_without_relevance
         self._block_input: dict[Place, torch.Tensor] = {}
         self._projections: dict[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._earlier: dict[Place, Callable[..., torch.Tensor] | None] = {}
 
     @contextmanager
     def installed(self, transformer_options: dict[str, Any]) -> Iterator[None]:
@@ -149,7 +150,8 @@ class PAIntACall:
         replace = dict(transformer_options.get("patches_replace", {}))
         attn1 = dict(replace.get("attn1", {}))
         for place in self._places:
-            attn1[place] = self._keep_projections(place, attn1.get(place, attn1.get(place[:2])))
+            self._earlier[place] = attn1.get(place, attn1.get(place[:2]))
+            attn1[place] = self._keep_projections(place)
         replace["attn1"] = attn1
         transformer_options["patches_replace"] = replace
         patches = dict(transformer_options.get("patches", {}))
@@ -167,18 +169,16 @@ class PAIntACall:
 
         return hook
 
-    def _keep_projections(
-        self, place: Place, earlier: Callable[..., torch.Tensor] | None
-    ) -> Callable[..., torch.Tensor]:
-        def attend(
-            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
+    def _keep_projections(self, place: Place) -> Callable[..., torch.Tensor]:
+        attend = self._earlier[place] or _attention
+
+        def keep(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], **kwargs: Any
         ) -> torch.Tensor:
             self._projections[place] = (q, k, v)
-            if earlier is not None:
-                return earlier(q, k, v, extra_options, **kwargs)
-            return _attention(q, k, v, extra_options, **kwargs)
+            return attend(q, k, v, options, **kwargs)
 
-        return attend
+        return keep
 
     def _edit_output(self, y: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
         block = extra_options.get("block")
@@ -195,22 +195,26 @@ class PAIntACall:
         groups = self._state.rows_with_the_same_hole(self._chunks, (height, width), y.device)
         if not groups:
             return y
+        earlier = self._earlier[place]
         if not _in_pixel_order(q, k, y):
             # Another patch has cut the attention into tiles or merged tokens; the hole's rows look at the whole picture.
             n = module.norm1(x)
             q, k, v = module.attn1.to_q(n), module.attn1.to_k(n), module.attn1.to_v(n)
+            earlier = None
         relevance = self._relevance_of_rows(t, x, y, (height, width))
+        weakened = 1.0 - self._settings.strength * (1.0 - relevance)
+        scale = torch.ones_like(weakened)
+        for group in groups:
+            scale[group.rows] = torch.where(group.is_hole, scale[group.rows], weakened[group.rows])
+        keys = _scaled(k, scale)
+        # A replacement of this block's attention by another pack may want all rows and all queries.
+        replaced = None if earlier is None else earlier(q, keys, v, extra_options)
         y = y.clone()
         for group in groups:
-            scale = 1.0 - self._settings.strength * (1.0 - relevance[group.rows])
-            scale = torch.where(group.is_hole, torch.ones_like(scale), scale)
-            pixels = scale.shape[1]
-            keys = k[group.rows]
-            scaled = keys[:, :pixels] * scale[..., None].to(k.dtype)
-            if keys.shape[1] > pixels:
-                # Keys that another patch has appended (a reference picture's, say) belong to no pixel.
-                scaled = torch.cat((scaled, keys[:, pixels:]), dim=1)
-            attended = _attention(q[group.rows][:, group.hole], scaled, v[group.rows], extra_options)
+            if replaced is None:
+                attended = _attention(q[group.rows][:, group.hole], keys[group.rows], v[group.rows], extra_options)
+            else:
+                attended = replaced[group.rows][:, group.hole]
             rows = group.rows if isinstance(group.rows, slice) else group.rows[:, None]
             y[rows, group.hole] = module.attn1.to_out(attended).to(y.dtype)
         return y
@@ -244,6 +248,13 @@ class PAIntACall:
                 shared = torch.ones(batch, grid[0] * grid[1])
             of_chunk[number] = shared.to(y.device)
         return torch.cat([of_chunk[number] for number in range(len(self._chunks))])
+
+
+def _scaled(keys: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`keys` [rows, pixels + others, C] times `scale` [rows, pixels]; what another patch has appended stays as it is."""
+    pixels = scale.shape[1]
+    scaled = keys[:, :pixels] * scale[..., None].to(keys.dtype)
+    return scaled if keys.shape[1] == pixels else torch.cat((scaled, keys[:, pixels:]), dim=1)
 
 
 def _in_pixel_order(q: torch.Tensor, k: torch.Tensor, y: torch.Tensor) -> bool:

@@ -343,6 +343,19 @@ class TestOtherPatches:
         after.set_model_attn1_replace(halved, "input", 7)
         assert torch.equal(scene.host(sigmas, after), before)
 
+    def test_a_replacement_that_attends_as_the_host_does_changes_nothing(self, scene: Scene) -> None:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        def as_host(q, k, v, extra_options):
+            return optimized_attention(q, k, v, extra_options["n_heads"])
+
+        theirs = scene.patcher.clone()
+        for index in (4, 5, 7, 8):
+            theirs.set_model_attn1_replace(as_host, "input", index)
+        sigmas = scene.sigmas("simple", 2)
+        expected = scene.host(sigmas, both(scene.patcher))
+        assert_close(scene.host(sigmas, both(theirs)), expected)
+
     def test_keys_appended_by_another_patch_keep_their_weight(self, scene: Scene) -> None:
         """A reference picture's keys, say: PAIntA scales the picture's own keys and no others."""
 
