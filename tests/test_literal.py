@@ -452,7 +452,7 @@ def test_v_prediction_and_a_partial_denoise(family: str) -> None:
 def test_ddim_with_noise_is_the_hosts_euler_ancestral(inpainting: bool, eta: float) -> None:
     scene = Scene("sd15", inpainting, masked=not inpainting)
     sigmas = scene.sigmas("normal", 5)
-    noises = randn(5, 2, 4, *Scene.SIZE, seed=9)
+    noises = randn(5, 2, 4, *scene.size, seed=9)
     steps = {float(sigma): index for index, sigma in enumerate(sigmas)}
     options = {"eta": eta, "noise_sampler": lambda sigma, _: noises[steps[float(sigma)]].float()}
     sampler = comfy.samplers.ksampler("euler_ancestral", options)
