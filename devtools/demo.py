@@ -41,7 +41,19 @@ def prepare(graph: Graph, checkpoint: str, steps: int = STEPS) -> dict[str, str]
     added = {
         "demo_input": ("PreviewImage", {"images": composite["inputs"]["destination"]}),
         "demo_mask_image": ("MaskToImage", {"mask": composite["inputs"]["mask"]}),
-        "demo_mask": ("PreviewImage", {"images": ["demo_mask_image", 0]}),
+        # The composite scales the mask to the picture in the same way.
+        "demo_size": ("GetImageSize", {"image": composite["inputs"]["destination"]}),
+        "demo_mask_scaled": (
+            "ImageScale",
+            {
+                "image": ["demo_mask_image", 0],
+                "upscale_method": "bilinear",
+                "width": ["demo_size", 0],
+                "height": ["demo_size", 1],
+                "crop": "disabled",
+            },
+        ),
+        "demo_mask": ("PreviewImage", {"images": ["demo_mask_scaled", 0]}),
         "demo_result": ("PreviewImage", {"images": [composite_id, 0]}),
     }
     for node_id, (class_type, inputs) in added.items():
