@@ -50,11 +50,15 @@ def _prepare(*tools: str, pinned: bool = False) -> tuple[Path, Path]:
         return folder, environment.ensure_packages(folder / "requirements.txt")
 
 
-def _call(python: Path, folder: Path, arguments: Sequence[str | Path]) -> int:
-    """Run the interpreter in the checkout with the host's folder in TRUEFILL_HOST; returns its exit code."""
+def _variables(folder: Path) -> dict[str, str]:
     variables = os.environ | {"TRUEFILL_HOST": str(folder), "PYTHONUTF8": "1"}
     variables.pop("PYTHONPATH", None)
-    return subprocess.run([python, *arguments], cwd=ROOT, env=variables).returncode
+    return variables
+
+
+def _call(python: Path, folder: Path, arguments: Sequence[str | Path]) -> int:
+    """Run the interpreter in the checkout with the host's folder in TRUEFILL_HOST; returns its exit code."""
+    return subprocess.run([python, *arguments], cwd=ROOT, env=_variables(folder)).returncode
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
@@ -85,6 +89,17 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     folder, python = _prepare()
     json_arguments = ["--json", os.path.abspath(options.json)] if options.json else []
     return _call(python, folder, [scripts[options.name], *json_arguments, *rest])
+
+
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    folder, python = _prepare()
+    process = subprocess.Popen([python, ROOT / "training" / "demo.py", *rest], cwd=ROOT, env=_variables(folder))
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # It saves its state and ends; a terminal's Ctrl-C has told it already, and twice does no harm.
+            process.terminate()
 
 
 def _comfyui(options: argparse.Namespace, rest: list[str]) -> int:
@@ -121,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", _bench, "Run evaluation/bench_NAME.py; further arguments go to it.")
     bench.add_argument("name", nargs="?", default="attention", help="which benchmark (default: attention)")
     bench.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    add("train", _train, "Train a stage of the demo models (vae, text2image, ...); -h after the stage lists options.")
     comfyui = add("comfyui", _comfyui, "Start the editor with the pack; further arguments go to ComfyUI.")
     comfyui.add_argument("--port", type=int, help="the port to listen on (default: 8188, or a free one)")
     return parser
@@ -135,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     parser = _parser()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # argparse would take pytest's options for mistakes of its own.
-    if arguments[:1] == ["test"] and arguments[1:] not in (["-h"], ["--help"]):
-        options, rest = parser.parse_args(["test"]), arguments[1:]
+    # argparse would take pytest's and the training's options for mistakes of its own.
+    if arguments[:1] in (["test"], ["train"]) and arguments[1:] not in (["-h"], ["--help"]):
+        options, rest = parser.parse_args(arguments[:1]), arguments[1:]
     else:
         options, rest = parser.parse_known_args(arguments)
     if rest and options.command in ("demo", "lint"):

@@ -1,0 +1,205 @@
+"""Training: losses fall, a resumed run equals an uninterrupted one, latents are made once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from truefill_testing.host import pack_module
+
+curves = pack_module("training.curves")
+latents = pack_module("training.latents")
+loop = pack_module("training.loop")
+narrow_taesd = pack_module("training.narrow_taesd")
+vocabulary = pack_module("training.vocabulary")
+scenes = pack_module("training.world.scenes")
+VaeTask = pack_module("training.tasks.vae").VaeTask
+ClassifierTask = pack_module("training.tasks.classifier").ClassifierTask
+TextToImageTask = pack_module("training.tasks.text2image").TextToImageTask
+InpaintTask = pack_module("training.tasks.inpaint").InpaintTask
+
+CPU = torch.device("cpu")
+SETTINGS = loop.Settings(steps=6, batch=2, learning_rate=1e-3, warm_up=2, record_every=2)
+
+
+def some_latents(count: int = 4):
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).half()
+
+    hole = (random(count, 1, 32, 32) > 0).half()
+    return latents.Latents(random(count, 4, 32, 32), random(count, 4, 32, 32), hole, random(4, 32, 32))
+
+
+def make_task(name: str):
+    if name == "vae":
+        return VaeTask(seed=0)
+    if name == "classifier":
+        return ClassifierTask(seed=0)
+    text2image = TextToImageTask(some_latents(), some_latents(), vocabulary.world_vocabulary(), seed=0)
+    if name == "text2image":
+        return text2image
+    return InpaintTask(
+        some_latents(),
+        some_latents(),
+        vocabulary.world_vocabulary(),
+        text2image.unet.state_dict(),
+        text2image.text.state_dict(),
+    )
+
+
+TASKS = ("vae", "text2image", "inpaint", "classifier")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
+    settings = replace(SETTINGS, steps=4)
+    whole = loop.Trainer(make_task(name), settings, tmp_path / "whole", CPU)
+    assert whole.train()
+    # Stopped after 1 step, in the middle of a record, and again after 3.
+    for steps in (1, 2):
+        part = loop.Trainer(make_task(name), settings, tmp_path / "parts", CPU)
+        calls = itertools.count()
+        assert not part.train(should_stop=lambda calls=calls, steps=steps: next(calls) >= steps)
+    last = loop.Trainer(make_task(name), settings, tmp_path / "parts", CPU)
+    assert last.step == 3 and last.train()
+    one, other = (torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in ("whole", "parts"))
+    assert one["step"] == other["step"] == 4
+    assert one["history"] == other["history"] and len(one["history"]) == 2
+    for part in ("networks", "average"):
+        for key, tensor in one[part].items():
+            assert torch.equal(tensor, other[part][key]), (part, key)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"), [("vae", 2e-3), ("text2image", 2e-3), ("inpaint", 2e-3), ("classifier", 2e-3)]
+)
+def test_the_loss_of_one_batch_falls(name, rate, tmp_path):
+    task = make_task(name)
+    batch = task.batch(0, 0, 4)
+    if name in ("text2image", "inpaint"):
+        # Noise alone cannot be learnt by heart: pictures that are all alike can.
+        batch["latents"] = torch.ones_like(batch["latents"])
+    optimizer = torch.optim.Adam(task.networks.parameters(), lr=rate)
+    values = []
+    for _ in range(14):
+        loss = task.losses(batch, torch.Generator().manual_seed(1))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert np.isfinite(values).all()
+    assert values[-1] < 0.85 * values[0]
+
+
+def test_every_weight_is_trained():
+    task = make_task("text2image")
+    # Layers that start at zero hide those before them.
+    with torch.no_grad():
+        for parameter in task.networks.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    task.losses(task.batch(0, 0, 2), torch.Generator().manual_seed(0))["loss"].backward()
+    idle = [name for name, p in task.networks.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+
+
+def test_the_inpainting_task_leaves_the_text_encoder_alone():
+    task = make_task("inpaint")
+    assert not any(name.startswith("text") for name, _ in task.networks.named_parameters())
+    batch = task.batch(0, 0, 40)
+    assert batch["known"].shape == (40, 5, 32, 32)
+    everything = batch["known"][:, 0].flatten(1).amin(dim=1) == 1
+    assert 2 < everything.sum() < 25
+
+
+def test_captions_are_dropped_now_and_then():
+    task = make_task("text2image")
+    rows = task.batch(0, 0, 200)["rows"]
+    empty = torch.tensor(vocabulary.world_vocabulary().rows(""))
+    assert 6 < (rows == empty).all(dim=1).sum() < 40
+    assert (rows[:, 0] == empty[0]).all()
+
+
+def test_batches_depend_on_seed_and_step_only():
+    task = make_task("classifier")
+    first, again, other = task.batch(1, 5, 2), task.batch(1, 5, 2), task.batch(1, 6, 2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["pixels"], other["pixels"])
+
+
+def test_batches_of_workers_are_the_same(tmp_path):
+    runs = []
+    for workers in (0, 2):
+        trainer = loop.Trainer(
+            make_task("classifier"), replace(SETTINGS, steps=2, workers=workers), tmp_path / str(workers), CPU
+        )
+        trainer.train()
+        runs.append(trainer.history)
+    assert runs[0] == runs[1]
+
+
+def test_a_run_keeps_its_settings(tmp_path):
+    trainer = loop.Trainer(make_task("classifier"), SETTINGS, tmp_path, CPU)
+    trainer.save()
+    with pytest.raises(ValueError, match="has batch 2, this one 3"):
+        loop.Trainer(make_task("classifier"), replace(SETTINGS, batch=3), tmp_path, CPU)
+    loop.Trainer(make_task("classifier"), replace(SETTINGS, save_every=1.0), tmp_path, CPU)
+
+
+def test_a_run_leaves_its_record(tmp_path):
+    reports = []
+    trainer = loop.Trainer(make_task("classifier"), SETTINGS, tmp_path, CPU)
+    trainer.train(report=reports.append)
+    assert [report.step for report in reports] == [2, 4, 6]
+    assert reports[-1].seconds_left == 0 and reports[0].seconds_left > 0
+    history = json.loads((tmp_path / "losses.json").read_text())
+    assert [row["step"] for row in history] == [2, 4, 6] and {"loss", "shape", "colour", "pattern"} <= set(history[0])
+    with Image.open(tmp_path / "losses.png") as picture:
+        assert picture.width > 400
+    assert not list(tmp_path.glob("*.partial"))
+    average = loop.averaged_weights(tmp_path, "classifier")
+    trainer.use_average()
+    for name, tensor in trainer.task.classifier.state_dict().items():
+        assert torch.equal(tensor, average[name])
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train the stage 'vae' first"):
+        loop.averaged_weights(tmp_path / "vae", "vae")
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    settings = loop.Settings(steps=1000, batch=1, learning_rate=1.0, warm_up=100)
+    rates = [loop.learning_rate_at(step, settings) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.01) and rates[99] == rates[500] == 1.0
+    assert rates[-1] == pytest.approx(0.05, abs=0.01) and max(rates) == 1.0
+
+
+def test_a_curve_of_one_point_can_be_drawn():
+    assert curves.draw_curves([{"step": 20, "loss": 0.5, "other": 0.0}], "run").width > 400
+
+
+def test_latents_are_made_once_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 2)
+    monkeypatch.setattr(latents, "_AT_ONCE", 2)
+    vae = narrow_taesd.NarrowTAESD()
+    calls = itertools.count()
+    stopped = latents.load_latents(tmp_path, vae, "train", 4, True, CPU, should_stop=lambda: next(calls) >= 3)
+    assert stopped is None and len(list(tmp_path.rglob("*.npz"))) == 3
+    reports = []
+    made = latents.load_latents(tmp_path, vae, "train", 4, True, CPU, report=lambda *numbers: reports.append(numbers))
+    assert reports == [(3, 4)]
+    assert made.clean.shape == made.masked.shape == (4, 4, 32, 32)
+    assert made.hole.shape == (4, 1, 32, 32) and made.blank.shape == (4, 32, 32)
+    pixels = latents.as_pixels(np.stack([scenes.make_scene("train", 3).picture]))
+    torch.testing.assert_close(made.clean[3:], latents.encode(vae, pixels, CPU), atol=0.02, rtol=0.02)
+    assert not torch.equal(made.clean, made.masked)
+    # Another autoencoder has other latents.
+    assert latents.fingerprint(vae.state_dict()) != latents.fingerprint(narrow_taesd.NarrowTAESD(1).state_dict())

@@ -1,0 +1,1 @@
+"""What each stage trains: its networks, data and loss."""
