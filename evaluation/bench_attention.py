@@ -253,10 +253,11 @@ def variants(model: Any, scene: Scene, literal: bool) -> dict[str, Callable[[], 
 
 
 def measure_size(
-    model: Any, size: int, literal: bool, rounds: int, warm_up: bool, device: torch.device
+    model: Any, size: int, literal: bool, rounds: int, warm_up: bool, device: torch.device, only: list[str] | None
 ) -> list[dict[str, Any]]:
-    """Median time and memory of every variant at one size, and their ratios to the plain step."""
+    """Median time and memory of the variants at one size, and their ratios to the plain step."""
     rows = variants(model, Scene(size, device), literal)
+    rows = {name: step for name, step in rows.items() if only is None or name == "plain" or name in only}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     memory: dict[str, list[float]] = {name: [] for name in rows}
     for round_ in range(0 if warm_up else 1, rounds + 1):
@@ -294,6 +295,7 @@ def main() -> None:
     parser.add_argument(
         "--literal-up-to", type=int, help="greatest size for the literal forms (default: 256; on CUDA 512)"
     )
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="rows to measure beside plain (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args()
@@ -310,7 +312,7 @@ def main() -> None:
     for size in sizes:
         # On CUDA each size picks its own kernels; on a CPU only the very first steps are slower.
         warm_up = cuda or size == sizes[0]
-        for row in measure_size(model, size, size <= literal_up_to, options.rounds, warm_up, device):
+        for row in measure_size(model, size, size <= literal_up_to, options.rounds, warm_up, device, options.variants):
             results.append(row)
             print(
                 f"{row['size']:>6}  {row['variant']:<15} {row['seconds']:>9.3f} {row['time_ratio']:>8.2f} "
