@@ -237,6 +237,22 @@ def test_halves_split_for_want_of_memory(painta: bool, rasg: bool, monkeypatch: 
     assert relative_error(ours, literal) < TOLERANCE
 
 
+def test_memory_that_runs_short_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative half, now first and alone, must not take the relevance of the step before."""
+    scene = Scene("sd15", True, True)
+    sigmas = scene.sigmas("simple", 6)
+    model = with_guidance(scene, True, False)
+    calls: list[int] = []
+
+    def free_memory(self, device):
+        calls.append(1)
+        return 0 if len(calls) > 1 else 2**50
+
+    monkeypatch.setattr(type(model), "get_free_memory", free_memory)
+    literal = scene.literal(sigmas, **literal_options(True, False)).latent
+    assert relative_error(scene.host(sigmas, model), literal) < TOLERANCE
+
+
 def test_a_mask_input_overrules_the_masks_of_the_graph() -> None:
     """The scene's latents are sampled under one mask, and guided by another, given in pixels."""
     scene = Scene("sd15", True, True)
