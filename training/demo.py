@@ -41,9 +41,9 @@ Settings = loop.Settings
 
 RUNS = ROOT / ".cache" / "training"
 DEFAULTS = {
-    "vae": Settings(steps=12_000, batch=8, learning_rate=1e-3),
-    "text2image": Settings(steps=20_000, batch=32, learning_rate=4e-4),
-    "inpaint": Settings(steps=10_000, batch=32, learning_rate=2e-4),
+    "vae": Settings(steps=6_000, batch=8, learning_rate=1e-3),
+    "text2image": Settings(steps=24_000, batch=16, learning_rate=4e-4),
+    "inpaint": Settings(steps=10_000, batch=16, learning_rate=2e-4),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
 }
 DEV_SCENES = 256
@@ -212,7 +212,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="pictures in a step; " + listed("batch"))
     parser.add_argument("--learning-rate", type=float, help=listed("learning_rate"))
     parser.add_argument("--seed", type=int, help="default: 0")
-    parser.add_argument("--scenes", type=int, default=24_000, help="scenes that are encoded (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=16_384, help="scenes that are encoded (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's own choice)")
     parser.add_argument("--workers", type=int, help="processes that make batches (default: 0, none besides this one)")

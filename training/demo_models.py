@@ -1,63 +1,21 @@
-"""The demo models: a small UNet and a small text encoder, in the host's own classes.
-
-The plan is that of SD1.5 with fewer channels and levels: 32x32 latents, self-attention and text attention at latent / 2 and
-latent / 4 and in the middle, eps-prediction, scaled-linear betas, a CLIP text model over CLIP's tokenizer with 77 tokens.
-"""
+"""The demo model's networks with fresh weights, for training; `weights.demo_model` makes the host's objects of trained ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.latent_formats
-import comfy.model_base
 import comfy.ops
-import comfy.supported_models
 import torch
 from comfy.clip_model import CLIPLayer, CLIPTextModel_
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import nn
 
-from .vocabulary import TOKENS, VOCABULARY_SIZE, Vocabulary
-
-CONTEXT_DIM = 192
-LATENT_SCALE: float = comfy.latent_formats.SD15().scale_factor
-"""What the host multiplies the latents of an SD1.5 VAE by."""
-
-TEXT_CONFIG = {
-    "num_hidden_layers": 4,
-    "hidden_size": CONTEXT_DIM,
-    "num_attention_heads": 3,
-    "intermediate_size": 4 * CONTEXT_DIM,
-    "hidden_act": "quick_gelu",
-    "max_position_embeddings": TOKENS,
-    "eos_token_id": 49407,
-}
+from ..weights.demo_model import CONTEXT_DIM, TEXT_CONFIG, unet_config
+from .vocabulary import Vocabulary
 
 # Layers that start at zero in the published architecture: a new network passes its input on.
 _ZERO_AT_START = ("out_layers.3", "proj_out", "out.2")
-
-
-def unet_config(in_channels: int) -> dict[str, Any]:
-    """Arguments of the host's UNetModel; 4 input channels for text-to-image, 9 for inpainting."""
-    return {
-        "image_size": 32,
-        "in_channels": in_channels,
-        "out_channels": 4,
-        "model_channels": 64,
-        "channel_mult": (1, 2, 2),
-        "num_res_blocks": [2, 1, 1],
-        "transformer_depth": [0, 0, 1, 1],
-        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1],
-        "transformer_depth_middle": 1,
-        "num_heads": -1,
-        "num_head_channels": 32,
-        "context_dim": CONTEXT_DIM,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": False,
-        "legacy": False,
-        "adm_in_channels": None,
-    }
 
 
 def plain_attention(
@@ -147,34 +105,3 @@ class TextEncoder(nn.Module):
             x = x + layer.self_attn(layer.layer_norm1(x), causal, plain_attention)
             x = x + layer.mlp(layer.layer_norm2(x))
         return self.text_model.final_layer_norm(x)
-
-
-def host_text_state(state: Mapping[str, torch.Tensor], token_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The state dict of the host's text model (CLIPTextModel) from that of a TextEncoder and its vocabulary's tokens."""
-    name = "text_model.embeddings.token_embedding.weight"
-    rows = state[name]
-    table = rows[:1].repeat(VOCABULARY_SIZE, 1)
-    table[token_ids.long()] = rows[1:]
-    return {**state, name: table, "text_projection.weight": torch.eye(CONTEXT_DIM, dtype=rows.dtype)}
-
-
-def host_model(state: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> comfy.model_base.BaseModel:
-    """The host's model around a UNet's state dict, as its loader would make it for SD1.5.
-
-    Raises RuntimeError where keys are missing, unexpected or of another shape.
-    """
-    in_channels = state["input_blocks.0.0.weight"].shape[1]
-    config = comfy.supported_models.SD15(unet_config(in_channels))
-    # SD1.5's own head count is not this model's.
-    config.unet_config.update({key: unet_config(in_channels)[key] for key in ("num_heads", "num_head_channels")})
-    config.set_inference_dtype(dtype, None)
-    model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS)
-    if config.inpaint_model():
-        model.set_inpaint()
-    model.diffusion_model.load_state_dict(state)
-    return model
-
-
-def clip_options() -> dict[str, Any]:
-    """`model_options` of comfy.sd.CLIP that give the host's SD1.5 text encoder this model's size."""
-    return {"clip_l_model_config": TEXT_CONFIG}

@@ -1,32 +1,21 @@
-"""Writes trained networks as files that the host's classes read: half-precision safetensors.
-
-    truefill_demo_vae            a TAESD, recognised by the host's own VAE loader
-    truefill_demo_text2image     UNet with 4 input channels (model.diffusion_model.*)
-    truefill_demo_inpaint        UNet with 9 input channels (model.diffusion_model.*)
-    truefill_demo_text           CLIP text model (cond_stage_model.transformer.*) with the world's words only: `read_text`
-    truefill_demo_classifier     shape, colour and pattern of a crop
-
-A UNet of this size is none of the families the host's loader guesses; `demo_models.host_model` makes the host's model of it.
-"""
+"""Writes trained networks as the files that `weights.demo_model` reads: half-precision safetensors."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from .demo_models import LATENT_SCALE, host_text_state
+from ..weights.demo_model import FILES, LATENT_SCALE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
 from .loop import averaged_weights
 from .narrow_taesd import widen
 from .vocabulary import world_vocabulary
-
-UNET_PREFIX = "model.diffusion_model."
-TEXT_PREFIX = "cond_stage_model.transformer."
-_TOKEN_IDS = "token_ids"
-FILES = {name: f"truefill_demo_{name}.safetensors" for name in ("vae", "text", "text2image", "inpaint", "classifier")}
-"""What is exported, and the file's name."""
+from .world.attributes import WORLD_VERSION
 
 
 def _half(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -45,31 +34,27 @@ def write_unet(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 def write_text(state: Mapping[str, torch.Tensor], token_ids: torch.Tensor, path: Path) -> None:
     """Write a TextEncoder's weights and the tokens (int64 [rows - 1]) that its embeddings belong to."""
-    save_file({**_half(state, TEXT_PREFIX), _TOKEN_IDS: token_ids.to(torch.int32).contiguous()}, path)
+    save_file({**_half(state, TEXT_PREFIX), TOKEN_IDS: token_ids.to(torch.int32).contiguous()}, path)
 
 
-def _without(prefix: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def read_unet(path: Path) -> dict[str, torch.Tensor]:
-    """A UNet's weights, for `demo_models.host_model`."""
-    return _without(UNET_PREFIX, load_file(path))
-
-
-def read_text(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of the host's CLIPTextModel, with embeddings for all 49,408 tokens."""
-    state = load_file(path)
-    return host_text_state(_without(TEXT_PREFIX, state), state[_TOKEN_IDS])
+def _record(stage: Path) -> dict[str, Any]:
+    """How a stage was trained, and what it measured at its end."""
+    state = torch.load(stage / "checkpoint.pt", map_location="cpu", weights_only=True)
+    figures = stage / "figures.json"
+    finished = figures.is_file() and state["step"] == state["identity"]["steps"]
+    measured = json.loads(figures.read_text()) if finished else {}
+    return {**state["identity"], "trained_steps": state["step"], "figures": measured}
 
 
 def export(runs: Path, out: Path) -> list[Path]:
-    """Write every stage that has a checkpoint in `runs` to `out`, averaged weights only; returns the files.
+    """Write every stage that has a checkpoint in `runs` to `out`, averaged weights only; returns the weights' files.
 
-    Raises FileNotFoundError where no stage has one.
+    Besides there are the stages' settings and figures (recipe.json) and their loss curves. Raises FileNotFoundError where no
+    stage has a checkpoint.
     """
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
+    stages: dict[str, Any] = {}
     for name, file in FILES.items():
         stage = runs / ("text2image" if name == "text" else name)
         if not (stage / "checkpoint.pt").is_file():
@@ -84,6 +69,11 @@ def export(runs: Path, out: Path) -> list[Path]:
         else:
             write_unet(averaged_weights(stage, "unet"), path)
         written.append(path)
+        stages[stage.name] = _record(stage)
+        if (curves := stage / "losses.png").is_file():
+            shutil.copyfile(curves, out / f"losses_{stage.name}.png")
     if not written:
         raise FileNotFoundError(f"No stage in {runs} has a checkpoint: train one first.")
+    recipe = {"world_version": WORLD_VERSION, "torch": torch.__version__, "stages": stages}
+    (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     return written

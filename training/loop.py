@@ -13,7 +13,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +152,13 @@ class Trainer:
     def _resume(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         mine = self._identity()
+        before = replace(self.settings, steps=state["identity"]["steps"])
+        # So long as it has not begun to slow down, a run may be made longer or shorter.
+        same_so_far = all(
+            learning_rate_at(step, before) == learning_rate_at(step, self.settings) for step in range(state["step"])
+        )
         for name, value in state["identity"].items():
-            if value != mine[name]:
+            if value != mine[name] and not (name == "steps" and same_so_far):
                 raise ValueError(
                     f"The run in {self.folder} has {name} {value}, this one {mine[name]}. "
                     "Resume it with its own settings, or start afresh in another folder."

@@ -8,10 +8,9 @@ from functools import cache
 
 import torch
 
+from ..weights.demo_model import TOKENS
 from .world.captions import all_phrases
 
-TOKENS = 77
-VOCABULARY_SIZE = 49408
 _START, _END = 49406, 49407
 # What CLIP's tokenizer splits plain lower-case text into before it looks for pieces of words.
 _WORDS = re.compile(r"[a-z]+|[^\sa-z]+")

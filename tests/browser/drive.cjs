@@ -78,17 +78,17 @@ const seen = () => {
 
 async function run(page, changes) {
   const saveId = await page.evaluate((changes) => {
-    const only = (type) => {
+    const all = (type) => {
       const found = window.app.graph.nodes.filter((node) => node.type === type)
-      if (found.length !== 1) throw new Error(`${found.length} nodes of type ${type}`)
-      return found[0]
+      if (found.length === 0) throw new Error(`no node of type ${type}`)
+      return found
     }
     for (const [type, values] of Object.entries(changes)) {
       for (const [name, value] of Object.entries(values)) {
-        only(type).widgets.find((widget) => widget.name === name).value = value
+        for (const node of all(type)) node.widgets.find((widget) => widget.name === name).value = value
       }
     }
-    return only('SaveImage').id
+    return all('SaveImage').at(-1).id
   }, changes)
   await page.click('[data-testid="queue-button"]')
   const result = await page.waitForFunction(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,8 +12,8 @@ from truefill_testing.host import ensure_host, pack_module
 
 ensure_host()
 
-import comfy.sd  # noqa: E402
-import comfy.supported_models  # noqa: E402
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
 
 demo_models = pack_module("training.demo_models")
@@ -19,6 +21,7 @@ export = pack_module("training.export")
 loop = pack_module("training.loop")
 narrow_taesd = pack_module("training.narrow_taesd")
 vocabulary = pack_module("training.vocabulary")
+demo_model = pack_module("weights.demo_model")
 Classifier = pack_module("training.classifier").Classifier
 
 
@@ -63,8 +66,18 @@ def files(networks, tmp_path_factory):
     for stage in stages:
         loop.Trainer(stage, settings, folder / "runs" / stage.name, torch.device("cpu")).save()
     written = export.export(folder / "runs", folder / "out")
-    assert [path.name for path in written] == list(export.FILES.values())
-    return dict(zip(export.FILES, written, strict=True))
+    assert [path.name for path in written] == list(demo_model.FILES.values())
+    return dict(zip(demo_model.FILES, written, strict=True))
+
+
+def test_the_recipe_says_how_each_stage_was_trained(files):
+    recipe = json.loads((files["vae"].parent / "recipe.json").read_text())
+    assert recipe["world_version"] == pack_module("training.world.attributes").WORLD_VERSION
+    assert list(recipe["stages"]) == ["vae", "text2image", "inpaint", "classifier"]
+    stage = recipe["stages"]["inpaint"]
+    assert (stage["steps"], stage["trained_steps"], stage["learning_rate"], stage["seed"]) == (1, 0, 1e-3, 0)
+    # A run that has not ended has no figures.
+    assert stage["figures"] == {}
 
 
 def test_everything_together_is_small(files):
@@ -75,28 +88,33 @@ def test_everything_together_is_small(files):
 
 
 def test_the_host_takes_the_vae_for_a_taesd(files, networks):
-    vae = comfy.sd.VAE(sd=load_file(files["vae"]))
+    vae = demo_model.host_vae(demo_model.read("vae", files["vae"].parent))
     assert isinstance(vae.first_stage_model, comfy.taesd.taesd.TAESD)
     pixels = torch.rand(1, 64, 64, 3)
     latent = vae.encode(pixels)
     assert latent.shape == (1, 4, 8, 8)
     with torch.no_grad():
         expected = networks["vae"].encode(pixels.movedim(-1, 1))
-        torch.testing.assert_close(latent.float().cpu() * demo_models.LATENT_SCALE, expected, atol=0.02, rtol=0.02)
+        torch.testing.assert_close(latent.float().cpu() * demo_model.LATENT_SCALE, expected, atol=0.02, rtol=0.02)
         decoded = networks["vae"].decode(expected).clamp(0, 1).movedim(1, -1)
     torch.testing.assert_close(vae.decode(latent).float().cpu(), decoded, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize(("name", "channels"), [("text2image", 4), ("inpaint", 9)])
 def test_the_hosts_model_takes_the_unet(files, networks, name, channels):
-    model = demo_models.host_model(export.read_unet(files[name]))
+    patcher = demo_model.host_unet(demo_model.read(name, files[name].parent))
+    assert isinstance(patcher, comfy.model_patcher.CoreModelPatcher)
+    comfy.model_management.load_models_gpu([patcher])
+    model = patcher.model
     assert model.diffusion_model.in_channels == channels
     assert (len(model.concat_keys) > 0) == (channels == 9)
-    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, demo_models.CONTEXT_DIM)
+    device = comfy.model_management.get_torch_device()
+    x, context = torch.randn(2, 4, 16, 16), torch.randn(2, 77, demo_model.CONTEXT_DIM)
     known = torch.randn(2, 5, 16, 16) if channels == 9 else None
     sigma = model.model_sampling.sigma(torch.tensor([300, 300]))
     with torch.no_grad():
-        denoised = model.apply_model(x, sigma, c_concat=known, c_crossattn=context)
+        sent = [None if tensor is None else tensor.to(device) for tensor in (x, sigma, known, context)]
+        denoised = model.apply_model(sent[0], sent[1], c_concat=sent[2], c_crossattn=sent[3]).cpu()
         scaled = x / (sigma[:, None, None, None] ** 2 + 1).sqrt()
         inputs = scaled if known is None else torch.cat([scaled, known], dim=1)
         noise = demo_models.predict_noise(networks[name], inputs, torch.tensor([300, 300]), context)
@@ -104,18 +122,14 @@ def test_the_hosts_model_takes_the_unet(files, networks, name, channels):
 
 
 def test_a_unet_of_another_size_is_refused(files):
-    state = export.read_unet(files["inpaint"])
-    state["input_blocks.0.0.bias"] = torch.zeros(3)
+    state = demo_model.read("inpaint", files["inpaint"].parent)
+    state["model.diffusion_model.input_blocks.0.0.bias"] = torch.zeros(3)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        demo_models.host_model(state)
+        demo_model.host_unet(state)
 
 
 def test_the_hosts_clip_takes_the_text_encoder(files, networks):
-    target = comfy.supported_models.SD15(demo_models.unet_config(4)).clip_target()
-    target.params = {}
-    clip = comfy.sd.CLIP(target, model_options=demo_models.clip_options())
-    missing, unexpected = clip.load_sd(export.read_text(files["text"]))
-    assert not missing and not unexpected
+    clip = demo_model.host_clip(demo_model.read("text", files["text"].parent))
     caption = "a red striped star and a blue circle on a wooden table"
     context = clip.encode_from_tokens(clip.tokenize(caption)).float().cpu()
     with torch.no_grad():
@@ -124,6 +138,18 @@ def test_the_hosts_clip_takes_the_text_encoder(files, networks):
     # Words the world does not have are all the same to it, and do no harm.
     unknown = [clip.encode_from_tokens(clip.tokenize(f"a {word} on the sand")) for word in ("dog", "cat")]
     assert torch.equal(*unknown)
+
+
+def test_a_text_encoder_of_another_size_is_refused(files):
+    state = demo_model.read("text", files["text"].parent)
+    del state["cond_stage_model.transformer.text_model.encoder.layers.3.mlp.fc1.weight"]
+    with pytest.raises(RuntimeError, match=r"does not fit: .*fc1\.weight"):
+        demo_model.host_clip(state)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"truefill_demo_vae\.safetensors is missing: install TrueFill again"):
+        demo_model.read("vae", tmp_path)
 
 
 def test_an_empty_folder_is_named(tmp_path):

@@ -153,6 +153,23 @@ def test_a_run_keeps_its_settings(tmp_path):
     loop.Trainer(make_task("classifier"), replace(SETTINGS, save_every=1.0), tmp_path, CPU)
 
 
+def test_a_run_may_become_longer_until_it_slows_down(tmp_path):
+    settings = replace(SETTINGS, steps=8, warm_up=1)
+    whole = loop.Trainer(make_task("classifier"), replace(settings, steps=12), tmp_path / "whole", CPU)
+    whole.train()
+    calls = itertools.count()
+    loop.Trainer(make_task("classifier"), settings, tmp_path / "part", CPU).train(lambda: next(calls) >= 6)
+    longer = loop.Trainer(make_task("classifier"), replace(settings, steps=12), tmp_path / "part", CPU)
+    assert longer.step == 6
+    longer.train()
+    for one, other in zip(whole.task.networks.parameters(), longer.task.networks.parameters(), strict=True):
+        assert torch.equal(one, other)
+    calls = itertools.count()
+    loop.Trainer(make_task("classifier"), settings, tmp_path / "late", CPU).train(lambda: next(calls) >= 8)
+    with pytest.raises(ValueError, match="has steps 8, this one 12"):
+        loop.Trainer(make_task("classifier"), replace(settings, steps=12), tmp_path / "late", CPU)
+
+
 def test_a_run_leaves_its_record(tmp_path):
     reports = []
     trainer = loop.Trainer(make_task("classifier"), SETTINGS, tmp_path, CPU)

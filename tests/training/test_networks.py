@@ -19,6 +19,7 @@ diffusion = pack_module("training.diffusion")
 latents = pack_module("training.latents")
 narrow_taesd = pack_module("training.narrow_taesd")
 vocabulary = pack_module("training.vocabulary")
+demo_model = pack_module("weights.demo_model")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_the_text_encoder_is_the_hosts(words):
             None, embeds=encoder.text_model.embeddings.token_embedding(rows), num_tokens=[1, 1, 1]
         )
         made = encoder(rows)
-    assert made.shape == (3, 77, demo_models.CONTEXT_DIM)
+    assert made.shape == (3, 77, demo_model.CONTEXT_DIM)
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -67,13 +68,13 @@ def test_the_narrow_autoencoder_is_a_taesd():
         # Blocks start as nothing; here they have to do something.
         for parameter in narrow.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    full.load_state_dict(narrow_taesd.widen(narrow.state_dict(), demo_models.LATENT_SCALE))
+    full.load_state_dict(narrow_taesd.widen(narrow.state_dict(), demo_model.LATENT_SCALE))
     pixels = torch.rand(1, 3, 48, 64)
     with torch.no_grad():
         latent = narrow.encode(pixels)
         assert latent.shape == (1, 4, 6, 8)
         host_latent = full.encode(2 * pixels - 1)
-        torch.testing.assert_close(host_latent * demo_models.LATENT_SCALE, latent, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(host_latent * demo_model.LATENT_SCALE, latent, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(full.decode(host_latent) / 2 + 0.5, narrow.decode(latent), atol=1e-4, rtol=1e-4)
 
 
@@ -91,7 +92,7 @@ def test_the_inpainting_unet_starts_as_the_text_to_image_one():
     x, known, context = (
         torch.randn(2, 4, 16, 16),
         torch.randn(2, 5, 16, 16),
-        torch.randn(2, 77, demo_models.CONTEXT_DIM),
+        torch.randn(2, 77, demo_model.CONTEXT_DIM),
     )
     times = torch.tensor([10, 700])
     with torch.no_grad():

@@ -69,8 +69,12 @@ def make_crop(split: str, index: int, worn: bool = True) -> Crop:
     else:
         item = scene.layout.objects[rng.integers(len(scene.layout.objects))]
         left, top, right, bottom = bounds(outlines(item)[0])
-        side = max(right - left, bottom - top) * rng.uniform(0.98, 1.5)
-        x, y = rng.normal(((left + right) / 2, (top + bottom) / 2), 0.05 * side)
+        size = max(right - left, bottom - top)
+        side = size * rng.uniform(0.98, 2.0)
+        # What fills a hole lies anywhere in it, and may be cut off a little.
+        reach = 0.4 * (side - size) + 0.05 * size
+        middle = np.asarray([(left + right) / 2, (top + bottom) / 2])
+        x, y = middle + rng.uniform(-reach, reach, 2)
         box = _square(x, y, side)
         labels = (SHAPES.index(item.shape), tuple(COLOURS).index(item.colour), PATTERNS.index(item.pattern))
     picture = cut(scene.picture, box)

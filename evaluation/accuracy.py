@@ -1,0 +1,197 @@
+"""The benchmark of HD-Painter's section 4 on the demo world: does the hole show what the prompt asks for?
+
+Each picture is made by the host's own nodes in the order of the shipped graphs: encode the prompt, InpaintModelConditioning,
+KSampler, VAE decode, composite.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from comfy.sd import CLIP, VAE
+from comfy_extras.nodes_mask import composite
+
+from ..model_patches.guidance import with_painta, with_rasg
+from ..model_patches.painta import PAIntA
+from ..model_patches.prompt_tokens import encode_prompt
+from ..model_patches.rasg import RASG
+from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, generator
+from ..training.world.backgrounds import BACKGROUNDS, PHRASES
+from ..training.world.captions import local_caption
+from ..training.world.triplets import Triplet, make_triplet
+from ..weights.demo_model import load_demo_model
+from .judge import Judge
+from .metrics import background_error, seam_visibility
+
+# The host's module of that name; a plain import would look like one of the pack's folder.
+host_nodes = importlib.import_module("nodes")
+
+MODELS = {"9-channel": "inpainting", "4-channel": "text-to-image"}
+"""The benchmark's names for the demo model's kinds."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The KSampler's settings."""
+
+    steps: int = 20
+    cfg: float = 7.5
+    sampler: str = "euler"
+    scheduler: str = "normal"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: which model, with PAIntA, with RASG of which eta."""
+
+    model: str
+    painta: bool = False
+    eta: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = ["PAIntA"] * self.painta + ["RASG"] * (self.eta is not None)
+        return " + ".join(parts) or "plain"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one triplet under one method, or of one caption, whose picture has no known part."""
+
+    index: int
+    right: bool
+    pattern_right: bool
+    empty: bool
+    seconds: float
+    background_error: float = 0.0
+    seam: float = float("nan")
+
+
+def methods(models: list[str], etas: list[float]) -> list[Method]:
+    """Plain, + PAIntA, + RASG and + both for each model; the last two for each eta."""
+    return [
+        method
+        for model in models
+        for method in (
+            Method(model),
+            Method(model, painta=True),
+            *(Method(model, eta=eta) for eta in etas),
+            *(Method(model, painta=True, eta=eta) for eta in etas),
+        )
+    ]
+
+
+@cache
+def demo(model: str) -> tuple[Any, CLIP, VAE]:
+    """MODEL, CLIP and VAE for one of MODELS."""
+    return load_demo_model(MODELS[model])
+
+
+def patched(method: Method) -> Any:
+    """The demo MODEL with a method's patches."""
+    model = demo(method.model)[0]
+    if method.painta:
+        model = with_painta(model, PAIntA())
+    if method.eta is not None:
+        model = with_rasg(model, RASG(eta=method.eta))
+    return model
+
+
+def as_image(picture: np.ndarray) -> torch.Tensor:
+    """A picture uint8 [H, W, 3] as the host's IMAGE [1, H, W, 3] in [0, 1]."""
+    return torch.from_numpy(picture).float()[None] / 255.0
+
+
+def fill(method: Method, triplet: Triplet, seed: int, sampling: Sampling) -> torch.Tensor:
+    """The finished picture [1, H, W, 3] of one triplet."""
+    model, (_, clip, vae) = patched(method), demo(method.model)
+    pixels, mask = as_image(triplet.scene.picture), torch.from_numpy(triplet.hole).float()[None]
+    positive, negative = encode_prompt(clip, triplet.prompt), encode_prompt(clip, "")
+    with torch.inference_mode():
+        conditions = host_nodes.InpaintModelConditioning().encode(
+            positive, negative, pixels, vae, mask, noise_mask=True
+        )
+        (latent,) = host_nodes.common_ksampler(
+            model, seed, sampling.steps, sampling.cfg, sampling.sampler, sampling.scheduler, *conditions, denoise=1.0
+        )
+        made = vae.decode(latent["samples"]).float().cpu()
+        return composite(pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, mask, 1).movedim(1, -1)
+
+
+def attempt(method: Method, split: str, index: int, sampling: Sampling, judge: Judge) -> tuple[Outcome, torch.Tensor]:
+    """Fill one triplet of a split and judge the picture [1, H, W, 3]. The noise depends on the triplet alone."""
+    triplet = make_triplet(split, index)
+    started = time.perf_counter()
+    result = fill(method, triplet, index, sampling)
+    seconds = time.perf_counter() - started
+    pixels, hole = result.movedim(-1, 1), torch.from_numpy(triplet.hole).float()[None, None]
+    scene = as_image(triplet.scene.picture).movedim(-1, 1)
+    seen = judge.in_hole(pixels[0], hole[0, 0])
+    right = (seen.shape, seen.colour) == (triplet.shape, triplet.colour)
+    return (
+        Outcome(
+            index,
+            right,
+            right and seen.pattern == triplet.pattern,
+            seen.shape is None,
+            seconds,
+            background_error(pixels, scene, hole),
+            float(seam_visibility(pixels, scene, hole)),
+        ),
+        result,
+    )
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A caption of one object, and what it asks for."""
+
+    text: str
+    shape: str
+    colour: str
+    pattern: str
+
+
+def make_caption(split: str, index: int) -> Caption:
+    """One object on one background, all attributes equally often."""
+    rng = generator(split, index, Purpose.CAPTION)
+    shape, colour, pattern = (str(rng.choice(values)) for values in (SHAPES, list(COLOURS), PATTERNS))
+    background = str(rng.choice(BACKGROUNDS))
+    return Caption(f"{local_caption(shape, colour, pattern)} {PHRASES[background][0]}", shape, colour, pattern)
+
+
+def draw(caption: str, seed: int, sampling: Sampling) -> torch.Tensor:
+    """A picture [1, 256, 256, 3] by the text-to-image demo model."""
+    model, clip, vae = demo("4-channel")
+    latent = {"samples": torch.zeros(1, 4, 32, 32)}
+    with torch.inference_mode():
+        (latent,) = host_nodes.common_ksampler(
+            model,
+            seed,
+            sampling.steps,
+            sampling.cfg,
+            sampling.sampler,
+            sampling.scheduler,
+            encode_prompt(clip, caption),
+            encode_prompt(clip, ""),
+            latent,
+        )
+        return vae.decode(latent["samples"]).float().cpu()
+
+
+def attempt_caption(split: str, index: int, sampling: Sampling, judge: Judge) -> tuple[Outcome, torch.Tensor]:
+    """Draw one caption of a split and judge the picture."""
+    caption = make_caption(split, index)
+    started = time.perf_counter()
+    picture = draw(caption.text, index, sampling)
+    seconds = time.perf_counter() - started
+    seen = judge.anywhere(picture[0].movedim(-1, 0))
+    right = (seen.shape, seen.colour) == (caption.shape, caption.colour)
+    pattern_right = right and seen.pattern == caption.pattern
+    return Outcome(index, right, pattern_right, seen.shape is None, seconds), picture

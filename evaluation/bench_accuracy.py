@@ -1,0 +1,306 @@
+"""Generation accuracy, background change, seams and time of plain inpainting, PAIntA, RASG and both, on the demo model.
+
+HD-Painter's measure (section 4.2) on a world in which it costs nothing: for triplets of a scene, a hole and a prompt that the
+scene does not suggest, does a classifier find the asked-for shape and colour in the hole? Every picture is made by the host's
+nodes in the order of the shipped graphs, with the same noise for every method. Intervals are 95 %: Wilson's for accuracy, the
+normal approximation for the rest and for the paired difference to plain. The triplets come from seeds that no training saw.
+
+    python dev.py bench accuracy [--triplets 500] [--seed 0] [--json FILE] [--grid FILE.png]
+    python dev.py bench accuracy --split dev --triplets 200 --etas 0.01 0.03 0.1 0.25      # to choose the default eta on
+    python dev.py bench accuracy --captions 500                                            # text-to-image: no hole
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from truefill_testing.host import ensure_host, pack_module  # noqa: E402
+
+# HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
+PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
+METHODS = tuple(PAPER)
+MODELS = ("9-channel", "4-channel")
+GRID_TRIPLETS = 8
+
+
+def parse() -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(prog="python dev.py bench accuracy", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--triplets", type=int, default=500, metavar="N", help="how many (default: 500)")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first triplet (default: 0)")
+    parser.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--etas", type=float, nargs="+", help="etas for RASG (default: the node's)")
+    parser.add_argument("--steps", type=int, default=20, help="default: 20")
+    parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
+    parser.add_argument("--captions", type=int, default=0, metavar="N", help="text-to-image instead, on N captions")
+    parser.add_argument("--workers", type=int, help="processes of one thread (default: one a core; 1 on a GPU)")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--grid", type=Path, help=f"write the pictures of the first {GRID_TRIPLETS} triplets here")
+    parser.add_argument(
+        "--check", action="store_true", help="fail where PAIntA + RASG is below plain by more than noise"
+    )
+    parser.add_argument("--share", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    count = options.captions or options.triplets
+    if count < 1 or options.seed < 0:
+        parser.error("--triplets and --captions are 1 or more, --seed is 0 or more.")
+    return options
+
+
+def tasks(options: argparse.Namespace) -> list[Any]:
+    """The rows that are asked for; None stands for text-to-image."""
+    if options.captions:
+        return [None]
+    accuracy = pack_module("evaluation.accuracy")
+    rasg = pack_module("model_patches.rasg").RASG
+    found = accuracy.methods(options.models, options.etas or [rasg().eta])
+    return [method for method in found if method.name in options.methods]
+
+
+def numbers(options: argparse.Namespace) -> range:
+    """The indices of the triplets, or captions, of this run."""
+    return range(options.seed, options.seed + (options.captions or options.triplets))
+
+
+def work(options: argparse.Namespace) -> None:
+    """One worker: its share of the triplets under every method, a line of JSON for each picture."""
+    import torch
+    from PIL import Image
+
+    share, shares, folder = options.share.split("/", 2)
+    accuracy = pack_module("evaluation.accuracy")
+    judge = pack_module("evaluation.judge").Judge()
+    sampling = accuracy.Sampling(steps=options.steps, cfg=options.cfg)
+    rows = tasks(options)
+    for place, index in enumerate(numbers(options)):
+        if place % int(shares) != int(share):
+            continue
+        for number, method in enumerate(rows):
+            if method is None:
+                outcome, picture = accuracy.attempt_caption(options.split, index, sampling, judge)
+            else:
+                outcome, picture = accuracy.attempt(method, options.split, index, sampling, judge)
+            if place < GRID_TRIPLETS and options.grid:
+                pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
+                Image.fromarray(pixels).save(Path(folder) / f"{place}-{number}.png")
+            print(json.dumps({"row": number, **asdict(outcome)}), flush=True)
+
+
+def outcomes(options: argparse.Namespace, workers: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Starts the workers and hands on their lines; raises RuntimeError where one fails."""
+    variables = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if workers > 1 else {})
+    lines: list[str] = []
+    ready = threading.Condition()
+
+    def read(process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            with ready:
+                lines.append(line)
+                ready.notify()
+
+    started: list[tuple[subprocess.Popen[str], threading.Thread, Path]] = []
+    try:
+        for number in range(workers):
+            errors = folder / f"worker-{number}.log"
+            with errors.open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, __file__, *sys.argv[1:], "--share", f"{number}/{workers}/{folder}"],
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    env=variables,
+                )
+            reader = threading.Thread(target=read, args=(process,), daemon=True)
+            reader.start()
+            started.append((process, reader, errors))
+        while True:
+            with ready:
+                ready.wait_for(lambda: lines, timeout=0.5)
+                waiting, lines[:] = list(lines), []
+            for line in waiting:
+                # The host's own output goes the same way.
+                if line.startswith("{"):
+                    yield json.loads(line)
+            for process, _, errors in started:
+                if process.poll():
+                    raise RuntimeError(f"A worker failed:\n{errors.read_text()[-2000:]}")
+            if not waiting and all(not reader.is_alive() for _, reader, _ in started) and not lines:
+                return
+    finally:
+        for process, _, _ in started:
+            process.kill()
+            process.wait()
+
+
+def progress(found: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]]:
+    """Collects everything and says how far it is."""
+    collected: list[dict[str, Any]] = []
+    started = said = time.monotonic()
+    for outcome in found:
+        collected.append(outcome)
+        now = time.monotonic()
+        if now - said > 30 or len(collected) == total:
+            said = now
+            left = (now - started) * (total - len(collected)) / len(collected)
+            print(f"  {len(collected)}/{total} pictures, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+    if len(collected) != total:
+        raise RuntimeError(f"{len(collected)} of {total} pictures came back.")
+    return collected
+
+
+def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """One row of the table; `plain` are the outcomes of plain inpainting, of the same triplets in the same order."""
+    metrics = pack_module("evaluation.metrics")
+    count = len(found)
+    right = sum(outcome["right"] for outcome in found)
+    row: dict[str, Any] = {
+        "method": "text-to-image" if method is None else method.name,
+        "model": "4-channel" if method is None else method.model,
+        "eta": None if method is None else method.eta,
+        "n": count,
+        "accuracy": right / count,
+        "ci95": metrics.wilson_interval(right, count),
+        "with_pattern": sum(outcome["pattern_right"] for outcome in found) / count,
+        "nothing": sum(outcome["empty"] for outcome in found) / count,
+        "seconds": metrics.mean_interval([outcome["seconds"] for outcome in found])[0],
+    }
+    if method is None:
+        return row
+    seam, low, high = metrics.mean_interval([outcome["seam"] for outcome in found])
+    row |= {
+        "background_max_error": max(outcome["background_error"] for outcome in found),
+        "seam": seam,
+        "seam_ci95": (low, high),
+        "paper": PAPER[method.name],
+    }
+    if plain is not None and plain is not found:
+        pairs = zip(found, plain, strict=True)
+        gain, low, high = metrics.mean_interval(
+            [float(ours["right"]) - float(theirs["right"]) for ours, theirs in pairs]
+        )
+        row |= {"gain": gain, "gain_ci95": (low, high)}
+    return row
+
+
+def worse_than_plain(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of PAIntA + RASG whose whole interval of the difference to plain lies below 0."""
+    return [row for row in results if row["method"] == "PAIntA + RASG" and row.get("gain_ci95", (0.0, 0.0))[1] < 0]
+
+
+def percent(value: float) -> str:
+    """A share in percent."""
+    return f"{100 * value:.1f}"
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """One row of the table as text, by column; shares are in percent."""
+    shown = {
+        "model": row["model"],
+        "method": row["method"],
+        "eta": "" if row["eta"] is None else f"{row['eta']:g}",
+        "n": str(row["n"]),
+        "accuracy": percent(row["accuracy"]),
+        "95 %": " - ".join(map(percent, row["ci95"])),
+        "to plain": "",
+        "+ pattern": percent(row["with_pattern"]),
+        "nothing": percent(row["nothing"]),
+    }
+    if "gain" in row:
+        low, high = row["gain_ci95"]
+        shown["to plain"] = f"{100 * row['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    if "seam" in row:
+        low, high = row["seam_ci95"]
+        shown["background"] = f"{row['background_max_error']:g}"
+        shown["seam"] = f"{row['seam']:.2f} ({low:.2f} to {high:.2f})"
+        shown["paper"] = f"{row['paper']:.1f}"
+    return shown | {"seconds": f"{row['seconds']:.2f}"}
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    lines = [cells(row) for row in rows]
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    widths = {name: max(len(name), *(len(line.get(name, "")) for line in lines)) for name in names}
+    for line in [{name: name for name in names}, *lines]:
+        print("  ".join(line.get(name, "").rjust(width) for name, width in widths.items()).rstrip())
+
+
+def write_grid(options: argparse.Namespace, rows: Sequence[Any], folder: Path) -> None:
+    """The first triplets: scene, hole, and what each method made of it."""
+    import numpy as np
+    from PIL import Image
+
+    samples = pack_module("training.samples")
+    lines, captions = [], []
+    for place, index in list(enumerate(numbers(options)))[:GRID_TRIPLETS]:
+        made = [np.asarray(Image.open(folder / f"{place}-{number}.png")) for number in range(len(rows))]
+        if options.captions:
+            lines.append(made)
+            captions.append([pack_module("evaluation.accuracy").make_caption(options.split, index).text])
+            continue
+        triplet = pack_module("training.world.triplets").make_triplet(options.split, index)
+        hole = np.where(triplet.hole[..., None], np.uint8(128), triplet.scene.picture)
+        lines.append([triplet.scene.picture, hole, *made])
+        names = [
+            f"{method.model} {method.name}" + ("" if method.eta is None else f", eta {method.eta:g}") for method in rows
+        ]
+        captions.append([triplet.kind, triplet.prompt, *names])
+    samples.grid(lines, captions).save(options.grid, optimize=True)
+
+
+def main() -> int:
+    """Run the benchmark."""
+    options = parse()
+    ensure_host()
+    if options.share:
+        work(options)
+        return 0
+    import torch
+
+    cuda = torch.cuda.is_available()
+    workers = options.workers or (1 if cuda else os.cpu_count() or 1)
+    workers = min(workers, len(numbers(options)))
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
+    machine = f"{where}, {workers} processes, torch {torch.__version__}"
+    rows = tasks(options)
+    print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = progress(outcomes(options, workers, folder), len(rows) * len(numbers(options)))
+        if options.grid:
+            write_grid(options, rows, folder)
+    by_row = [sorted((o for o in found if o["row"] == number), key=lambda o: o["index"]) for number in range(len(rows))]
+    plain = {row.model: mine for row, mine in zip(rows, by_row, strict=True) if row and row.name == "plain"}
+    results = [
+        summary(row, mine, plain.get(row.model) if row else None) for row, mine in zip(rows, by_row, strict=True)
+    ]
+    show(results)
+    if options.json:
+        settings = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
+        options.json.write_text(json.dumps([settings | result for result in results], indent=1))
+    worse = worse_than_plain(results) if options.check else []
+    for row in worse:
+        print(f"{row['model']}: PAIntA + RASG is below plain by more than noise.", file=sys.stderr)
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""The accuracy benchmark's table from known outcomes. Its pictures: tests/host/test_demo_model.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from truefill_testing.host import pack_module
+
+accuracy = pack_module("evaluation.accuracy")
+bench = pack_module("evaluation.bench_accuracy")
+
+
+def outcome(index: int, right: bool, **other: float) -> dict:
+    values = {"pattern_right": right, "empty": not right, "seconds": 2.0, "background_error": 0.0, "seam": 1.0}
+    return {"row": 0, "index": index, "right": right, **values, **other}
+
+
+def test_rows_are_the_papers_ablation_on_both_models():
+    rows = accuracy.methods(["9-channel", "4-channel"], [0.01, 0.1])
+    assert [row.name for row in rows[:6]] == ["plain", "PAIntA", "RASG", "RASG", "PAIntA + RASG", "PAIntA + RASG"]
+    assert [row.eta for row in rows[:6]] == [None, None, 0.01, 0.1, 0.01, 0.1]
+    assert {row.model for row in rows[:6]} == {"9-channel"} and {row.model for row in rows[6:]} == {"4-channel"}
+    assert set(bench.PAPER) == {row.name for row in rows}
+
+
+def test_a_row_says_what_came_of_its_triplets():
+    plain = [outcome(index, index < 4) for index in range(10)]
+    ours = [outcome(index, index < 7, seam=3.0, background_error=0.5 * (index == 9)) for index in range(10)]
+    row = bench.summary(accuracy.Method("9-channel", painta=True, eta=0.01), ours, plain)
+    assert row["method"] == "PAIntA + RASG" and row["n"] == 10 and row["accuracy"] == 0.7
+    assert row["ci95"] == pytest.approx((0.3968, 0.8922), abs=1e-3)
+    # Three of ten pairs differ, all in one direction.
+    assert row["gain"] == pytest.approx(0.3)
+    assert row["gain_ci95"] == pytest.approx((0.3 - 0.2994, 0.3 + 0.2994), abs=1e-3)
+    assert row["background_max_error"] == 0.5 and row["seam"] == 3.0 and row["seconds"] == 2.0
+    assert row["nothing"] == pytest.approx(0.3)
+    assert "gain" not in bench.summary(accuracy.Method("9-channel"), plain, plain)
+    json.dumps(row)
+
+
+def test_only_a_loss_beyond_noise_is_one(capsys):
+    plain = [outcome(index, True) for index in range(60)]
+    method = accuracy.Method("9-channel", painta=True, eta=0.01)
+    for lost, is_worse in ((0, False), (2, False), (8, True)):
+        ours = [outcome(index, index >= lost) for index in range(60)]
+        assert bool(bench.worse_than_plain([bench.summary(method, ours, plain)])) == is_worse
+
+
+def test_the_table_has_a_line_for_each_row(capsys):
+    found = [outcome(index, index % 2 == 0) for index in range(8)]
+    bench.show([bench.summary(accuracy.Method("4-channel"), found, found), bench.summary(None, found, None)])
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "accuracy" in header
+    assert "50.0" in lines[0] and "51.9" in lines[0] and "text-to-image" in lines[1]
