@@ -66,7 +66,6 @@ class Outcome:
 
     index: int
     right: bool
-    pattern_right: bool
     empty: bool
     seconds: float
     background_error: float = 0.0
@@ -138,7 +137,6 @@ def attempt(method: Method, split: str, index: int, sampling: Sampling, judge: J
         Outcome(
             index,
             right,
-            right and seen.pattern == triplet.pattern,
             seen.shape is None,
             seconds,
             background_error(pixels, scene, hole),
@@ -193,5 +191,4 @@ def attempt_caption(split: str, index: int, sampling: Sampling, judge: Judge) ->
     seconds = time.perf_counter() - started
     seen = judge.anywhere(picture[0].movedim(-1, 0))
     right = (seen.shape, seen.colour) == (caption.shape, caption.colour)
-    pattern_right = right and seen.pattern == caption.pattern
-    return Outcome(index, right, pattern_right, seen.shape is None, seconds), picture
+    return Outcome(index, right, seen.shape is None, seconds), picture

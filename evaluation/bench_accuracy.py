@@ -58,9 +58,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    count = options.captions or options.triplets
-    if count < 1 or options.seed < 0:
-        parser.error("--triplets and --captions are 1 or more, --seed is 0 or more.")
+    if min(options.triplets, options.steps) < 1 or min(options.captions, options.seed) < 0:
+        parser.error("--triplets and --steps are 1 or more, --captions and --seed 0 or more.")
     return options
 
 
@@ -103,7 +102,7 @@ def work(options: argparse.Namespace) -> None:
             print(json.dumps({"row": number, **asdict(outcome)}), flush=True)
 
 
-def outcomes(options: argparse.Namespace, workers: int, folder: Path) -> Iterator[dict[str, Any]]:
+def outcomes(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Starts the workers and hands on their lines; raises RuntimeError where one fails."""
     variables = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if workers > 1 else {})
     lines: list[str] = []
@@ -178,7 +177,6 @@ def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]
         "n": count,
         "accuracy": right / count,
         "ci95": metrics.wilson_interval(right, count),
-        "with_pattern": sum(outcome["pattern_right"] for outcome in found) / count,
         "nothing": sum(outcome["empty"] for outcome in found) / count,
         "seconds": metrics.mean_interval([outcome["seconds"] for outcome in found])[0],
     }
@@ -220,7 +218,6 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "accuracy": percent(row["accuracy"]),
         "95 %": " - ".join(map(percent, row["ci95"])),
         "to plain": "",
-        "+ pattern": percent(row["with_pattern"]),
         "nothing": percent(row["nothing"]),
     }
     if "gain" in row:
@@ -284,7 +281,7 @@ def main() -> int:
     print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = progress(outcomes(options, workers, folder), len(rows) * len(numbers(options)))
+        found = progress(outcomes(workers, folder), len(rows) * len(numbers(options)))
         if options.grid:
             write_grid(options, rows, folder)
     by_row = [sorted((o for o in found if o["row"] == number), key=lambda o: o["index"]) for number in range(len(rows))]

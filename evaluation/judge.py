@@ -10,7 +10,7 @@ import torch
 
 from ..training.classifier import Classifier
 from ..training.latents import as_pixels
-from ..training.world.attributes import COLOURS, PATTERNS, SHAPES
+from ..training.world.attributes import COLOURS, SHAPES
 from ..training.world.crops import NOTHING, cut
 from ..weights.demo_model import read
 from .metrics import square_around
@@ -27,7 +27,6 @@ class Seen:
 
     shape: str | None
     colour: str
-    pattern: str
 
 
 class Judge:
@@ -39,22 +38,23 @@ class Judge:
             classifier.load_state_dict({name: tensor.float() for name, tensor in read("classifier").items()})
         self._classifier = classifier.eval().requires_grad_(False)
 
-    def _probabilities(self, picture: torch.Tensor, boxes: Sequence[Box]) -> tuple[torch.Tensor, ...]:
+    def _probabilities(self, picture: torch.Tensor, boxes: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
         # Cut from a picture of 8 bits, as in training.
         pixels = (255 * picture.float().cpu().clamp(0.0, 1.0)).round().byte().permute(1, 2, 0).numpy()
         parts = np.stack([cut(pixels, (left, top, left + side, top + side)) for left, top, side in boxes])
-        return tuple(logits.softmax(dim=1) for logits in self._classifier(as_pixels(parts)))
+        # Patterns are too fine for it to be sure of.
+        shape, colour, _ = self._classifier(as_pixels(parts))
+        return shape.softmax(dim=1), colour.softmax(dim=1)
 
     @staticmethod
-    def _seen(shape: torch.Tensor, colour: torch.Tensor, pattern: torch.Tensor) -> Seen:
+    def _seen(shape: torch.Tensor, colour: torch.Tensor) -> Seen:
         kind = int(shape.argmax())
-        name = None if kind == NOTHING else SHAPES[kind]
-        return Seen(name, _COLOURS[int(colour.argmax())], PATTERNS[int(pattern.argmax())])
+        return Seen(None if kind == NOTHING else SHAPES[kind], _COLOURS[int(colour.argmax())])
 
     def in_hole(self, picture: torch.Tensor, hole: torch.Tensor) -> Seen:
         """What fills a hole [H, W] (1 in the hole): what the square around it shows."""
-        shape, colour, pattern = self._probabilities(picture, [square_around(hole)])
-        return self._seen(shape[0], colour[0], pattern[0])
+        shape, colour = self._probabilities(picture, [square_around(hole)])
+        return self._seen(shape[0], colour[0])
 
     def anywhere(self, picture: torch.Tensor) -> Seen:
         """The object of a picture of 256 pixels that has one object: what the surest of many squares shows."""
@@ -65,7 +65,7 @@ class Judge:
             for top in range(0, height - side + 1, distance)
             for left in range(0, width - side + 1, distance)
         ]
-        shape, colour, pattern = self._probabilities(picture, boxes)
+        shape, colour = self._probabilities(picture, boxes)
         sure = shape[:, :NOTHING].amax(dim=1) * colour.amax(dim=1)
         best = int(sure.argmax())
-        return self._seen(shape[best], colour[best], pattern[best])
+        return self._seen(shape[best], colour[best])

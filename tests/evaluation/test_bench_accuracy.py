@@ -13,7 +13,7 @@ bench = pack_module("evaluation.bench_accuracy")
 
 
 def outcome(index: int, right: bool, **other: float) -> dict:
-    values = {"pattern_right": right, "empty": not right, "seconds": 2.0, "background_error": 0.0, "seam": 1.0}
+    values = {"empty": not right, "seconds": 2.0, "background_error": 0.0, "seam": 1.0}
     return {"row": 0, "index": index, "right": right, **values, **other}
 
 
@@ -54,3 +54,27 @@ def test_the_table_has_a_line_for_each_row(capsys):
     header, *lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and "accuracy" in header
     assert "50.0" in lines[0] and "51.9" in lines[0] and "text-to-image" in lines[1]
+
+
+def test_every_worker_is_heard(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text("import sys, json; print('from the host'); print(json.dumps({'share': sys.argv[-1][:3]}))")
+    monkeypatch.setattr(bench, "__file__", str(script))
+    found = list(bench.outcomes(3, tmp_path))
+    assert sorted(line["share"] for line in found) == ["0/3", "1/3", "2/3"]
+
+
+def test_a_worker_that_fails_ends_the_run(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text("import sys, time; time.sleep(60 * (sys.argv[-1][0] == '0')); sys.exit('no weights')")
+    monkeypatch.setattr(bench, "__file__", str(script))
+    with pytest.raises(RuntimeError, match="no weights"):
+        list(bench.outcomes(2, tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [["--triplets", "0"], ["--steps", "0"], ["--seed", "-1"]])
+def test_numbers_out_of_range_are_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", *arguments])
+    with pytest.raises(SystemExit):
+        bench.parse()
+    assert "1 or more" in capsys.readouterr().err

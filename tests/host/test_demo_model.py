@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 from PIL import Image
 
 from devtools.client import Client, GraphRejected
+from truefill_testing.host import ROOT, pack_module
 
 KINDS = ("inpainting", "text-to-image")
 PROMPT = "a red striped star"
+TOY_TRIPLET = 0
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -149,6 +152,31 @@ def test_the_hosts_other_nodes_work_on_it(server: Client) -> None:
     images = server.run(graph).images
     first, again = (picture(images[name][0]).astype(float) for name in ("save", "save again"))
     assert np.abs(first - again).mean() < 12
+
+
+def test_the_benchmark_makes_the_pictures_of_the_shipped_graph(server: Client) -> None:
+    accuracy = pack_module("evaluation.accuracy")
+    graph = json.loads((ROOT / "workflows" / "api" / "try_without_downloads.json").read_text(encoding="utf-8"))
+    titled = {entry["_meta"]["title"]: (node_id, entry["inputs"]) for node_id, entry in graph.items()}
+    samplers = [entry["inputs"] for entry in graph.values() if entry["class_type"] == "KSampler"]
+    for inputs in samplers:
+        inputs["steps"] = 2
+    settings = accuracy.Sampling(2, samplers[0]["cfg"], samplers[0]["sampler_name"], samplers[0]["scheduler"])
+    eta = titled["RASG: Attention Score Guidance (TrueFill)"][1]["eta"]
+    # What the toy scene was drawn from.
+    triplet = pack_module("training.world.triplets").make_triplet("dev", TOY_TRIPLET)
+    assert titled["Encode Prompt (TrueFill)"][1]["prompt"] == triplet.prompt
+
+    images = server.run(graph).images
+
+    for title, method in (
+        ("Plain", accuracy.Method("9-channel")),
+        ("PAIntA + RASG", accuracy.Method("9-channel", painta=True, eta=eta)),
+    ):
+        expected = accuracy.fill(method, triplet, samplers[0]["seed"], settings)[0].numpy()
+        made = picture(images[titled[title][0]][0])
+        # The server's process may use another number of threads.
+        assert np.abs(made - (255.0 * expected)).max() < 1.5
 
 
 def test_an_unknown_kind_is_refused(server: Client) -> None:

@@ -1,0 +1,79 @@
+"""The accuracy benchmark makes its pictures as the shipped graphs do, and measures what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from truefill_testing.host import ROOT, pack_module
+
+accuracy = pack_module("evaluation.accuracy")
+judges = pack_module("evaluation.judge")
+triplets = pack_module("training.world.triplets")
+
+QUICK = accuracy.Sampling(steps=2)
+
+
+@pytest.mark.parametrize("model", list(accuracy.MODELS))
+def test_a_filled_triplet_is_the_scene_outside_of_the_hole(model):
+    triplet = triplets.make_triplet("dev", 0)
+    plain = accuracy.fill(accuracy.Method(model), triplet, 0, QUICK)
+    assert plain.shape == (1, 256, 256, 3)
+    scene, known = accuracy.as_image(triplet.scene.picture), torch.from_numpy(~triplet.hole)
+    both = accuracy.fill(accuracy.Method(model, painta=True, eta=0.1), triplet, 0, QUICK)
+    for picture in (plain, both):
+        assert torch.equal(picture[0][known], scene[0][known])
+        assert not torch.equal(picture[0][~known], scene[0][~known])
+    assert not torch.equal(plain, both)
+    # The noise depends on the seed alone.
+    assert torch.equal(plain, accuracy.fill(accuracy.Method(model), triplet, 0, QUICK))
+    assert not torch.equal(plain, accuracy.fill(accuracy.Method(model), triplet, 1, QUICK))
+
+
+def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch):
+    triplet = triplets.make_triplet("dev", 3)
+    monkeypatch.setattr(accuracy, "fill", lambda *_: accuracy.as_image(triplet.scene.picture) + 0.0)
+    seen = judges.Seen(triplet.shape, triplet.colour)
+
+    class Says:
+        def in_hole(self, picture, hole):
+            assert picture.shape == (3, 256, 256) and torch.equal(hole > 0, torch.from_numpy(triplet.hole))
+            return seen
+
+    outcome, picture = accuracy.attempt(accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
+    assert outcome.right and not outcome.empty
+    assert outcome.background_error == 0.0 and outcome.seam == 0.0 and picture.shape == (1, 256, 256, 3)
+    seen = judges.Seen(None, triplet.colour)
+    outcome, _ = accuracy.attempt(accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
+    assert not outcome.right and outcome.empty
+
+
+def test_captions_ask_for_every_attribute_and_are_the_same_every_time():
+    found = [accuracy.make_caption("test", index) for index in range(300)]
+    assert found == [accuracy.make_caption("test", index) for index in range(300)]
+    assert len({caption.shape for caption in found}) == 8 and len({caption.colour for caption in found}) == 8
+    assert all(caption.shape in caption.text and caption.colour in caption.text for caption in found)
+
+
+def test_the_command_writes_table_rows_and_grid(tmp_path):
+    command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--split", "dev", "--triplets", "2"]
+    command += ["--models", "9-channel", "--methods", "plain", "PAIntA + RASG", "--steps", "2", "--workers", "2"]
+    command += ["--json", tmp_path / "rows.json", "--grid", tmp_path / "grid.png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["method"], row["n"]) for row in rows] == [("plain", 2), ("PAIntA + RASG", 2)]
+    for row in rows:
+        low, high = row["ci95"]
+        assert low <= row["accuracy"] <= high and row["background_max_error"] == 0.0 and row["seconds"] > 0
+    # Scene, hole and two methods, for two triplets.
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.width == 4 * 256 and picture.height > 2 * 256
+        cell = np.asarray(picture)[:256, :256]
+    assert np.array_equal(cell, triplets.make_triplet("dev", 0).scene.picture)
