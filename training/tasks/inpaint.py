@@ -62,4 +62,5 @@ class InpaintTask(CaptionedTask):
         def predict(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
             return predict_noise(self.unet, torch.cat([x, batch["known"]], dim=1), times, context)
 
-        return {"loss": noise_loss(predict, batch["latents"], generator)}
+        noise = noise_loss(predict, batch["latents"], generator)
+        return {"loss": noise, "noise": noise}

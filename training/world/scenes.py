@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
 
 from .attributes import COLOURS, PATTERN_TONES, PATTERNS, SHAPES, SIZE, Purpose, SceneObject, generator
 from .backgrounds import BACKGROUNDS, paint_background
@@ -135,6 +135,23 @@ def render_objects(picture: np.ndarray, objects: tuple[SceneObject, ...]) -> np.
         masks[:number, top:bottom, left:right] &= ~solid
         masks[number, top:bottom, left:right] = solid
     return masks
+
+
+def object_cells(layout: Layout, cells: int) -> np.ndarray:
+    """Which object lies in the middle of each cell of a grid: uint8 [cells, cells], 0 for none, 1 + i for object i.
+
+    `cells` divides 128.
+    """
+    side = 128
+    found = np.zeros((side, side), dtype=np.uint8)
+    for number, item in enumerate(layout.objects):
+        canvas = Image.new("1", (side, side))
+        pen = ImageDraw.Draw(canvas)
+        for place, polygon in enumerate(outlines(item)):
+            pen.polygon([tuple(corner) for corner in (polygon * (side / SIZE)).tolist()], fill=0 if place else 1)
+        found[np.asarray(canvas)] = 1 + number
+    step = side // cells
+    return found[step // 2 :: step, step // 2 :: step]
 
 
 def paint(layout: Layout, background_rng: np.random.Generator) -> Scene:

@@ -1,0 +1,711 @@
+"""Regions around holes: the geometry up to 8K without any picture, cropping, and stitching back. No host needed."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from truefill_testing.host import pack_module
+
+region = pack_module("imaging.region")
+Box, Settings = region.Box, region.RegionSettings
+
+# The cut is exactly the hole's box, extended to whole multiples: nothing is resampled as long as native isn't exceeded.
+SLICE: dict[str, Any] = {
+    "native": 4096,
+    "context_percent": 0,
+    "context_pixels": 0,
+    "min_side": 1,
+    "max_aspect": 100,
+    "max_upscale": 1,
+}
+
+
+def sliced(**changes: Any) -> Any:
+    return Settings(**{**SLICE, **changes})
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> Any:
+    return Settings(
+        native=draw(st.sampled_from([512, 768, 1024])),
+        multiple=draw(st.sampled_from([8, 64])),
+        context_percent=draw(st.sampled_from([0, 7, 12.5, 50, 300])),
+        context_pixels=draw(st.integers(0, 100)),
+        min_side=draw(st.sampled_from([1, 31, 128, 1024])),
+        max_aspect=draw(st.sampled_from([1, 1.2, 2, 3.5, 50])),
+        max_upscale=draw(st.sampled_from([1, 1.005, 1.3, 2, 8])),
+    )
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[list[Any], tuple[int, int]]:
+    """The boxes of a batch, None among them, and the size of its pictures."""
+    height, width = draw(st.tuples(*[st.one_of(st.integers(1, 40), st.integers(1, 8192))] * 2))
+
+    def span(limit: int) -> tuple[int, int]:
+        start = draw(st.integers(0, limit - 1))
+        return start, draw(st.integers(start + 1, limit))
+
+    boxes = []
+    for _ in range(draw(st.integers(1, 3))):
+        (top, bottom), (left, right) = span(height), span(width)
+        boxes.append(draw(st.sampled_from([Box(top, left, bottom, right)] * 3 + [None])))
+    return boxes, (height, width)
+
+
+def context_of(box: Any, size: tuple[int, int], rule: Any) -> Any:
+    """The definition, written once more: the larger of percent and pixels, on each side, as far as the picture goes."""
+    down = max(rule.context_pixels, math.ceil(Fraction(rule.context_percent) * (box.bottom - box.top) / 100))
+    across = max(rule.context_pixels, math.ceil(Fraction(rule.context_percent) * (box.right - box.left) / 100))
+    return Box(
+        max(0, box.top - down),
+        max(0, box.left - across),
+        min(size[0], box.bottom + down),
+        min(size[1], box.right + across),
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(layouts(), rules())
+def test_every_box_holds_its_context_and_stays_in_the_picture_if_it_can(layout: Any, rule: Any) -> None:
+    holes, size = layout
+    plan = region.plan(holes, size, rule)
+    assert len(plan.boxes) == len(holes)
+    assert {(box.height, box.width) for box in plan.boxes} == {plan.box_size}
+    assert plan.box_size[0] >= min(rule.min_side, size[0]) and plan.box_size[1] >= min(rule.min_side, size[1])
+    for hole, box in zip(holes, plan.boxes, strict=True):
+        context = context_of(hole, size, rule) if hole else None
+        for axis, limit in enumerate(size):
+            start, stop = box[axis], box[axis + 2]
+            if stop - start > limit:
+                # It reaches out on both sides alike.
+                assert start <= 0 and stop >= limit and abs(-start - (stop - limit)) <= 1
+            else:
+                assert 0 <= start and stop <= limit
+            if context:
+                assert start <= context[axis] and stop >= context[axis + 2]
+            # Centred on the context, or on the picture without one, where no border is in the way.
+            if 0 < start and stop < limit:
+                middle = context[axis] + context[axis + 2] if context else limit
+                assert abs(start + stop - middle) <= 1
+
+
+@settings(max_examples=400, deadline=None)
+@given(layouts(), rules())
+def test_the_crop_is_of_whole_multiples_within_the_aspect_and_never_enlarged_further_than_asked(
+    layout: Any, rule: Any
+) -> None:
+    plan = region.plan(*layout, rule)
+    for new, old, scale in zip(plan.size, plan.box_size, plan.scale, strict=True):
+        assert new >= rule.multiple and new % rule.multiple == 0
+        assert scale == new / old
+        # Not in floating point: 1.3 as it was typed.
+        assert new <= Fraction(str(rule.max_upscale)) * old
+    cap = Fraction(str(rule.max_aspect))
+    assert max(plan.size) <= cap * min(plan.size)
+    # The box in the picture is rounded up to whole pixels.
+    assert max(plan.box_size) < cap * min(plan.box_size) + 1
+    # One scale for both sides, but for that rounding.
+    (vertical, horizontal), (tall, wide) = plan.scale, plan.box_size
+    assert abs(vertical / horizontal - 1) <= 1 / (min(tall, wide) - 1 or 0.5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(layouts(), rules())
+def test_the_native_area_is_met_unless_the_upscaling_is_limited(layout: Any, rule: Any) -> None:
+    plan = region.plan(*layout, rule)
+    # What a side may be off: half a multiple by rounding, one by the aspect cap, or up to one by avoiding to resample.
+    slack = (1 + 1.5 * rule.multiple / plan.size[0]) * (1 + 1.5 * rule.multiple / plan.size[1]) * 1.02
+    area = plan.size[0] * plan.size[1]
+    # A side can't be shorter than the multiple, however thin the region is.
+    assert area <= slack * rule.native**2 or min(plan.size) == rule.multiple
+    allowed = math.prod((side - 1) * rule.max_upscale for side in plan.box_size)
+    assert area * slack >= min(rule.native**2, allowed)
+
+
+@pytest.mark.parametrize("native", [512, 768, 1024])
+@pytest.mark.parametrize("aspect", [1, 1.5, 2])
+@pytest.mark.parametrize("side", [100, 333, 700, 1500, 4000])
+def test_the_native_area_is_met_within_a_few_percent(native: int, aspect: float, side: int) -> None:
+    hole = Box(9000, 9000, 9000 + side, 9000 + round(side * aspect))
+    plan = region.plan([hole], (32000, 32000), Settings(native=native, max_upscale=100))
+    assert plan.size[0] * plan.size[1] == pytest.approx(native**2, rel=0.06)
+    assert plan.size[1] / plan.size[0] == pytest.approx(aspect, rel=0.05)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(40, 1100), st.integers(40, 1100), st.sampled_from([512, 1024]), st.sampled_from([1, 1.005, 1.5, 4]))
+@example(1023, 1023, 1024, 4)
+@example(1030, 1030, 1024, 4)
+@example(515, 515, 512, 4)
+@example(507, 507, 512, 4)
+def test_less_than_one_percent_is_never_resampled(height: int, width: int, native: int, limit: float) -> None:
+    plan = region.plan([Box(0, 0, height, width)], (height, width), sliced(native=native, max_upscale=limit))
+    wanted = min(native / math.sqrt(height * width), limit)
+    if 0.99 <= wanted <= 1.01:
+        assert plan.size == plan.box_size
+    if plan.size != plan.box_size:
+        assert not all(0.99 <= scale <= 1.01 for scale in plan.scale)
+
+
+@pytest.mark.parametrize(
+    ("side", "multiple", "limit", "box", "size"),
+    [
+        (1023, 64, 4, 1024, 1024),  # one pixel more instead of resampling
+        (1020, 64, 4, 1024, 1024),
+        (1030, 8, 4, 1032, 1032),
+        (1030, 64, 4, 1030, 1024),  # 58 pixels more would not be a few
+        (1000, 8, 4, 1000, 1024),
+        (2048, 8, 4, 2048, 1024),
+        (256, 8, 4, 256, 1024),
+        (100, 8, 4, 100, 400),
+        (100, 64, 4, 112, 448),
+        (100, 64, 1, 128, 128),
+        (100, 8, 1, 104, 104),
+    ],
+)
+def test_sizes_that_can_be_checked_by_hand(side: int, multiple: int, limit: float, box: int, size: int) -> None:
+    hole = Box(3000, 3000, 3000 + side, 3000 + side)
+    plan = region.plan([hole], (8192, 8192), sliced(native=1024, multiple=multiple, max_upscale=limit))
+    assert plan.box_size == (box, box) and plan.size == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, (40, 48, 60, 72)),  # 24 x 20
+        ({"context_pixels": 4}, (36, 44, 64, 76)),
+        ({"context_percent": 50}, (30, 36, 70, 84)),
+        ({"context_percent": 50, "context_pixels": 11}, (29, 36, 71, 84)),  # the larger of both, side by side
+        ({"context_percent": 1}, (39, 47, 61, 73)),
+        ({"min_side": 40}, (30, 40, 70, 80)),
+        ({"max_aspect": 1}, (38, 48, 62, 72)),
+        ({"max_aspect": 1.2}, (40, 48, 60, 72)),  # 1.2 as a fraction: 24 x 20 has just that aspect
+        ({"min_side": 1000}, (0, 0, 100, 200)),  # no more than there is
+        ({"context_pixels": 45}, (0, 3, 100, 117)),  # only what is there above and below
+    ],
+)
+def test_the_region_before_it_is_rounded_to_the_target(change: Any, expected: tuple[int, int, int, int]) -> None:
+    # Enlarged eightfold, every region is of whole multiples as it is.
+    rule = sliced(**{"max_upscale": 8, "max_aspect": 50, **change})
+    plan = region.plan([Box(40, 48, 60, 72)], (100, 200), rule)
+    assert plan.boxes == (Box(*expected),)
+    assert plan.scale == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("hole", "expected"),
+    [
+        (Box(0, 0, 1, 1), Box(0, 0, 16, 16)),
+        (Box(49, 59, 50, 60), Box(34, 44, 50, 60)),
+        (Box(0, 30, 2, 32), Box(0, 23, 16, 39)),
+        (Box(20, 58, 22, 60), Box(13, 44, 29, 60)),
+    ],
+)
+def test_at_the_border_the_region_is_shifted_into_the_picture(hole: Any, expected: Any) -> None:
+    plan = region.plan([hole], (50, 60), sliced(min_side=16))
+    assert plan.boxes == (expected,) and plan.padding == (0, 0, 0, 0)
+
+
+def test_only_a_region_larger_than_the_picture_reaches_out_of_it() -> None:
+    plan = region.plan([Box(0, 0, 50, 61)], (50, 61), sliced())
+    assert plan.boxes == (Box(-3, -2, 53, 62),)
+    assert plan.padding == (3, 3, 2, 1)
+
+
+def test_the_largest_hole_sets_the_size_and_no_hole_gives_the_centre() -> None:
+    holes = [Box(0, 0, 40, 8), None, Box(90, 60, 96, 84)]
+    plan = region.plan(holes, (100, 100), sliced())
+    assert plan.boxes == (Box(0, 0, 40, 24), Box(30, 38, 70, 62), Box(60, 60, 100, 84))
+    assert region.plan([None, None], (96, 64), sliced(min_side=16)).boxes == (Box(0, 0, 96, 64),) * 2
+
+
+def test_the_sides_are_rounded_to_the_nearest_multiple_at_the_native_area() -> None:
+    # 1000 x 1100 at the area of 1024 squared: 976.3 x 1074.0.
+    plan = region.plan([Box(0, 0, 1000, 1100)], (8192, 8192), sliced(native=1024))
+    assert plan.size == (976, 1072)
+
+
+@pytest.mark.parametrize(
+    ("hole", "limit", "box", "size"),
+    [
+        ((60, 60), 8, (64, 128), (512, 1024)),  # extended to the aspect
+        ((60, 60), 2, (256, 512), (512, 1024)),  # and further, not to be enlarged more than twice
+        ((4000, 1000), 8, (4000, 8000), (512, 1024)),
+        ((510, 1020), 8, (512, 1024), (512, 1024)),
+    ],
+)
+def test_a_forced_size_is_met_without_distortion(
+    hole: tuple[int, int], limit: float, box: tuple[int, int], size: tuple[int, int]
+) -> None:
+    where = Box(2000, 3000, 2000 + hole[0], 3000 + hole[1])
+    plan = region.plan([where], (8192, 16384), sliced(forced_size=size, max_upscale=limit, min_side=64))
+    assert plan.box_size == box and plan.size == size
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts(), rules(), st.sampled_from([(512, 512), (64, 1024), (768, 512)]))
+def test_a_forced_size_keeps_every_other_promise(layout: Any, rule: Any, size: tuple[int, int]) -> None:
+    holes, picture = layout
+    rule = Settings(**{**vars(rule), "forced_size": size})
+    plan = region.plan(holes, picture, rule)
+    assert plan.size == size
+    for hole, box in zip(holes, plan.boxes, strict=True):
+        if hole:
+            context = context_of(hole, picture, rule)
+            assert all(a <= b for a, b in zip(box[:2], context[:2], strict=True))
+            assert all(a >= b for a, b in zip(box[2:], context[2:], strict=True))
+    assert all(new <= Fraction(str(rule.max_upscale)) * old for new, old in zip(size, plan.box_size, strict=True))
+
+
+def random_pictures(count: int, height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, height, width, channels, generator=torch.Generator().manual_seed(seed))
+
+
+def mask_of(size: tuple[int, int], *holes: tuple[int, int, int, int] | None) -> torch.Tensor:
+    mask = torch.zeros(len(holes), *size)
+    for index, hole in enumerate(holes):
+        if hole:
+            mask[index, hole[0] : hole[2], hole[1] : hole[3]] = 1.0
+    return mask
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures and masks: odd and one pixel wide sizes, empty, full, one-pixel, grey and scattered holes."""
+    height, width = draw(st.integers(1, 33)), draw(st.integers(1, 33))
+    counts = draw(st.sampled_from([(1, 1), (3, 1), (1, 3), (2, 2)]))
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    masks = []
+    for _ in range(counts[1]):
+        noise = torch.rand(height, width, generator=generator)
+        kind = draw(st.sampled_from(["empty", "full", "pixel", "corners", "sparse", "grey"]))
+        mask = torch.zeros(height, width)
+        if kind == "full":
+            mask[:] = 1.0
+        elif kind == "pixel":
+            mask.view(-1)[noise.argmax()] = 1.0
+        elif kind == "corners":
+            mask[0, 0] = mask[-1, -1] = 1.0
+        elif kind == "sparse":
+            mask = (noise < 0.02).float()
+        elif kind == "grey":
+            mask = (noise - 0.7).clamp(min=0.0)
+        masks.append(mask)
+    pictures = random_pictures(counts[0], height, width, draw(st.sampled_from([3, 4])), seed)
+    return pictures, torch.stack(masks)
+
+
+tensor_rules = st.builds(
+    Settings,
+    native=st.sampled_from([16, 24, 4096]),
+    context_percent=st.sampled_from([0, 50]),
+    context_pixels=st.integers(0, 5),
+    min_side=st.sampled_from([1, 9]),
+    max_aspect=st.sampled_from([1, 2, 100]),
+    max_upscale=st.sampled_from([1, 3]),
+)
+
+
+def padded(picture: np.ndarray, plan: Any) -> np.ndarray:
+    """What numpy makes of the padding of a picture [H, W, ...], axis by axis."""
+    top, bottom, left, right = plan.padding
+    for axis, pad in enumerate(((top, bottom), (left, right))):
+        widths = [(0, 0)] * picture.ndim
+        widths[axis] = pad
+        picture = np.pad(picture, widths, mode="reflect" if max(pad) < picture.shape[axis] else "edge")
+    return picture
+
+
+def inside(box: Any, plan: Any) -> tuple[slice, slice]:
+    """Where a box lies in the padded picture."""
+    top, left = box.top + plan.padding[0], box.left + plan.padding[2]
+    return slice(top, top + box.height), slice(left, left + box.width)
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs(), tensor_rules)
+def test_at_scale_one_a_crop_is_a_slice_of_its_own_picture_mirrored_beyond_the_border(job: Any, rule: Any) -> None:
+    pictures, mask = job
+    crops, crop_masks, made = region.crop(pictures, mask, rule)
+    count = max(len(pictures), len(mask))
+    assert crops.shape == (count, *made.plan.size, pictures.shape[-1])
+    assert crop_masks.shape == (count, *made.plan.size)
+    assert 0.0 <= crops.min() and crops.max() <= 1.0
+    assert 0.0 <= crop_masks.min() and crop_masks.max() <= 1.0
+    assume(made.plan.size == made.plan.box_size)
+    for index, box in enumerate(made.plan.boxes):
+        where = inside(box, made.plan)
+        source = padded(pictures[index % len(pictures)].numpy(), made.plan)
+        assert np.array_equal(crops[index].numpy(), source[where])
+        assert np.array_equal(crop_masks[index].numpy(), padded(mask[index % len(mask)].numpy(), made.plan)[where])
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [((20, 23), "reflect"), ((9, 13), "reflect"), ((8, 13), "edge"), ((1, 1), "edge")]
+)
+def test_padding_mirrors_as_numpy_does_and_repeats_the_edge_where_the_picture_is_too_small(
+    size: tuple[int, int], kind: str
+) -> None:
+    pictures = random_pictures(1, *size)
+    target = (size[0] + 16 - size[0] % 2, size[1] + 16 - size[1] % 2)
+    rule = sliced(forced_size=tuple(math.ceil(side / 8) * 8 for side in target))
+    crops, _, made = region.crop(pictures, torch.ones(1, *size), rule)
+    top, bottom, left, right = made.plan.padding
+    assert top >= 7 and right >= 7
+    rows = np.pad(pictures[0].numpy(), ((top, bottom), (0, 0), (0, 0)), mode=kind)
+    columns = "reflect" if max(left, right) < size[1] else "edge"
+    assert np.array_equal(crops[0].numpy(), np.pad(rows, ((0, 0), (left, right), (0, 0)), mode=columns))
+
+
+def test_a_hole_at_the_border_goes_on_in_the_padding() -> None:
+    mask = mask_of((30, 30), (0, 0, 4, 30))
+    _, crop_masks, made = region.crop(random_pictures(1, 30, 30), mask, sliced(forced_size=(40, 40)))
+    assert made.plan.padding == (5, 5, 5, 5)
+    # The mirror starts at row 0, which isn't repeated: rows 1 to 3 of the hole show up once more above it.
+    assert crop_masks[0, :, 20].tolist() == [0.0] * 1 + [0.0] + [1.0] * 7 + [0.0] * 31
+
+
+@settings(max_examples=100, deadline=None)
+@given(jobs(), tensor_rules)
+def test_the_whole_hole_is_in_the_crop(job: Any, rule: Any) -> None:
+    pictures, mask = job
+    _, crop_masks, made = region.crop(pictures, mask, rule)
+    for index, box in enumerate(made.plan.boxes):
+        own = mask[index % len(mask)].clone()
+        assert bool(crop_masks[index].any()) == bool(own.any())
+        own[max(0, box.top) : box.bottom, max(0, box.left) : box.right] = 0.0
+        assert not own.any()
+
+
+def test_the_hole_is_every_pixel_above_zero() -> None:
+    mask = torch.zeros(1, 40, 40)
+    mask[0, 10, 12] = 1e-6
+    mask[0, 17, 35] = 1.0
+    for context in (None, mask_of((40, 40), (14, 20, 15, 21))):
+        _, _, made = region.crop(random_pictures(1, 40, 40), mask, sliced(), context)
+        assert made.plan.boxes == (Box(10, 12, 18, 36),)
+
+
+def test_mask_values_out_of_range_are_cut() -> None:
+    mask = torch.full((1, 16, 16), -3.0)
+    mask[:, 4:12, 4:12] = 7.0
+    crop_masks, made = region.crop(random_pictures(1, 16, 16), mask, sliced(context_pixels=4))[1:]
+    assert torch.equal(made.mask, mask_of((16, 16), (4, 4, 12, 12))) and torch.equal(crop_masks, made.mask)
+
+
+def test_each_picture_of_a_batch_gets_the_region_around_its_own_hole() -> None:
+    pictures = random_pictures(3, 40, 48)
+    mask = mask_of((40, 48), (0, 0, 8, 8), None, (30, 40, 38, 48))
+    crops, crop_masks, made = region.crop(pictures, mask, sliced())
+    assert made.plan.boxes == (Box(0, 0, 8, 8), Box(16, 20, 24, 28), Box(30, 40, 38, 48))
+    expected = [pictures[0, 0:8, 0:8], pictures[1, 16:24, 20:28], pictures[2, 30:38, 40:48]]
+    assert torch.equal(crops, torch.stack(expected))
+    assert crop_masks.flatten(1).sum(1).tolist() == [64.0, 0.0, 64.0]
+
+
+def test_the_context_mask_widens_the_region_and_is_no_hole() -> None:
+    pictures = random_pictures(1, 40, 48)
+    mask = mask_of((40, 48), (8, 8, 12, 12), None)
+    context = mask_of((40, 48), (10, 24, 24, 32))
+    crops, crop_masks, made = region.crop(pictures, mask, sliced(), context)
+    assert made.plan.boxes == (Box(8, 8, 24, 32), Box(9, 16, 25, 40))
+    assert torch.equal(crops[0], pictures[0, 8:24, 8:32])
+    assert crop_masks.flatten(1).sum(1).tolist() == [16.0, 0.0]
+    each = region.crop(pictures, mask[:1], sliced(), torch.cat((context, mask[:1])))[2]
+    assert len(each.plan.boxes) == 2 and each.plan.box_size == (16, 24)
+
+
+@pytest.mark.parametrize("size", [(97, 101), (5, 3), (26, 14), (13, 8)])
+def test_a_mask_of_another_size_is_stretched_and_keeps_its_hole(size: tuple[int, int]) -> None:
+    pictures = random_pictures(1, 13, 7)
+    pixel = torch.zeros(1, *size)
+    pixel[0, 1, 2] = 1.0
+    made = region.crop(pictures, pixel, sliced())[2]
+    assert made.mask.shape == (1, 13, 7) and made.mask.any()
+    left_half = torch.ones(1, 20, 40)
+    left_half[:, :, 20:] = 0.0
+    stretched = region.crop(random_pictures(1, 30, 60), left_half, sliced())[2].mask[0]
+    assert (stretched[:, :28] == 1.0).all() and (stretched[:, 32:] == 0.0).all()
+    assert torch.allclose(stretched + stretched.flip(1), torch.ones(30, 60))
+    full = region.crop(pictures, torch.ones(1, *size), sliced())[2].mask
+    assert (full == 1.0).all()
+
+
+def test_a_full_mask_stays_full_however_it_is_resampled() -> None:
+    for native in (16, 24, 40, 104):
+        _, crop_masks, made = region.crop(
+            random_pictures(1, 50, 50), torch.ones(1, 50, 50), sliced(native=native, max_upscale=9)
+        )
+        assert made.plan.size == (native, native)
+        assert (crop_masks == 1.0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs(), st.integers(0, 5), st.sampled_from([1, 2, 100]))
+def test_crop_then_stitch_is_the_identity_at_scale_one(job: Any, context: int, aspect: float) -> None:
+    pictures, mask = job
+    crops, _, made = region.crop(pictures, mask, sliced(context_pixels=context, max_aspect=aspect))
+    assert made.plan.scale == (1, 1)
+    assert torch.equal(region.stitch(made, crops), pictures.expand(len(crops), -1, -1, -1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs(), tensor_rules, st.integers(1, 3), st.integers(1, 20), st.integers(1, 20))
+def test_outside_the_mask_nothing_changes_whatever_comes_back(
+    job: Any, rule: Any, times: int, height: int, width: int
+) -> None:
+    pictures, mask = job
+    crops, _, made = region.crop(pictures, mask, rule)
+    new = random_pictures(times * len(crops), height, width, seed=1)
+    result = region.stitch(made, new)
+    assert result.shape == (len(new), *pictures.shape[1:]) and result.dtype == pictures.dtype
+    assert 0.0 <= result.min() and result.max() <= 1.0
+    for index, picture in enumerate(result):
+        known = mask[index % len(mask)] == 0.0
+        assert torch.equal(picture[known], pictures[index % len(pictures)][known])
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs(), st.integers(0, 5), st.integers(1, 3))
+def test_inside_the_mask_the_new_pixels_come_to_their_own_place(job: Any, context: int, times: int) -> None:
+    pictures, mask = job
+    crops, _, made = region.crop(pictures, mask, sliced(context_pixels=context))
+    new = random_pictures(times * len(crops), *made.plan.size, pictures.shape[-1], seed=1)
+    for index, picture in enumerate(region.stitch(made, new)):
+        old, weight = pictures[index % len(pictures)], mask[index % len(mask)][..., None]
+        box = made.plan.boxes[index % len(crops)]
+        # The new pixels on a canvas as large as everything, so that no offset has to be cut off.
+        canvas = torch.zeros(200, 200, pictures.shape[-1])
+        canvas[80 + box.top : 80 + box.bottom, 80 + box.left : 80 + box.right] = new[index]
+        placed = canvas[80 : 80 + old.shape[0], 80 : 80 + old.shape[1]]
+        assert torch.allclose(picture, old * (1 - weight) + placed * weight, atol=1e-6)
+        hole = weight[..., 0] == 1.0
+        assert torch.equal(picture[hole], placed[hole])
+
+
+def test_repeated_results_belong_to_the_crops_in_the_order_of_the_batch() -> None:
+    pictures = random_pictures(2, 16, 16)
+    mask = mask_of((16, 16), (0, 0, 8, 8), (8, 8, 16, 16))
+    made = region.crop(pictures, mask, sliced())[2]
+    new = torch.stack([torch.full((8, 8, 3), value) for value in (0.1, 0.2, 0.3, 0.4)])
+    result = region.stitch(made, new)
+    for index, corner in enumerate([result[0, :8, :8], result[1, 8:, 8:], result[2, :8, :8], result[3, 8:, 8:]]):
+        assert torch.equal(corner, new[index])
+    assert torch.equal(result[2, 8:], pictures[0, 8:]) and torch.equal(result[3, :8], pictures[1, :8])
+
+
+def test_one_original_takes_any_number_of_results() -> None:
+    made = region.crop(random_pictures(1, 16, 16), mask_of((16, 16), (4, 4, 12, 12)), sliced())[2]
+    new = random_pictures(5, 8, 8, seed=1)
+    assert torch.equal(region.stitch(made, new)[:, 4:12, 4:12], new)
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 3), (3, 4), (4, 3), (4, 4)])
+def test_alpha_is_carried_along_and_never_invented(old: int, new: int) -> None:
+    pictures = random_pictures(1, 16, 16, old)
+    crops, _, made = region.crop(pictures, mask_of((16, 16), (4, 4, 12, 12)), sliced())
+    assert torch.equal(crops, pictures[:, 4:12, 4:12])
+    made_of_it = random_pictures(1, 8, 8, new, seed=1)
+    result = region.stitch(made, made_of_it)
+    assert result.shape == pictures.shape
+    assert torch.equal(result[:, 4:12, 4:12, :3], made_of_it[..., :3])
+    if old == 4:
+        expected = made_of_it if new == 4 else pictures[:, 4:12, 4:12]
+        assert torch.equal(result[:, 4:12, 4:12, 3], expected[..., 3])
+        assert torch.equal(result[:, :4, :, 3], pictures[:, :4, :, 3])
+
+
+def test_nothing_given_is_written_to_and_nothing_returned_shares_its_memory() -> None:
+    pictures, mask, new = (
+        random_pictures(1, 16, 16),
+        mask_of((16, 16), (4, 4, 12, 12)),
+        random_pictures(1, 8, 8, seed=1),
+    )
+    given_values = [tensor.clone() for tensor in (pictures, mask, new)]
+    crops, crop_masks, made = region.crop(pictures, mask, sliced())
+    result = region.stitch(made, new)
+    assert made.picture is pictures
+    for own in (crops, crop_masks, made.mask, result):
+        own.fill_(0.5)
+    for tensor, value in zip((pictures, mask, new), given_values, strict=True):
+        assert torch.equal(tensor, value)
+
+
+def test_the_region_cannot_be_changed() -> None:
+    made = region.crop(random_pictures(1, 16, 16), mask_of((16, 16), (4, 4, 12, 12)), sliced())[2]
+    with pytest.raises(AttributeError):
+        made.plan = None
+    with pytest.raises(AttributeError):
+        made.plan.size = (8, 8)
+
+
+def test_half_precision_is_kept() -> None:
+    pictures = random_pictures(1, 20, 20).half()
+    crops, crop_masks, made = region.crop(pictures, mask_of((20, 20), (4, 4, 12, 12)), sliced(native=16, max_upscale=2))
+    assert made.plan.scale == (2, 2)
+    assert crops.dtype == torch.float16 and crop_masks.dtype == torch.float32
+    result = region.stitch(made, torch.zeros(1, 16, 16, 3))
+    assert result.dtype == torch.float16
+    assert torch.equal(result[:, :4], pictures[:, :4]) and not result[:, 4:12, 4:12].any()
+
+
+def ramps(size: int) -> torch.Tensor:
+    """Every pixel holds the position of its centre, in parts of the side: x in the first channel, y in the second."""
+    position = (torch.arange(size) + 0.5) / size
+    x, y = position.expand(size, size), position[:, None].expand(size, size)
+    return torch.stack((x, y, torch.zeros(size, size)), -1)[None]
+
+
+@pytest.mark.parametrize("native", [24, 32, 40, 64, 96, 120, 144])
+def test_resampling_moves_nothing(native: int) -> None:
+    size = 80
+    mask = mask_of((size, size), (8, 16, 56, 64))
+    crops, _, made = region.crop(ramps(size), mask, sliced(native=native, max_upscale=4))
+    assert made.plan.boxes == (Box(8, 16, 56, 64),) and made.plan.size == (native, native)
+    step = 48 / native
+    centres = (torch.arange(native) + 0.5) * step
+    # In pixels of the picture. Only the last few pixels of a line may see its end.
+    inner = slice(max(2, native // 8), -max(2, native // 8))
+    off_x = (crops[0, :, :, 0] * size - (16 + centres)).abs()
+    off_y = (crops[0, :, :, 1] * size - (8 + centres)[:, None]).abs()
+    for off in (off_x, off_y):
+        assert off[inner, inner].max() < 0.03
+        assert off.max() < 0.3
+    back = region.stitch(made, crops)
+    assert (back - ramps(size))[0, 16:48, 24:56].abs().max() * size < 0.06
+
+
+@pytest.mark.parametrize("native", [24, 32, 40, 64, 88, 136])
+def test_a_centred_dot_stays_centred(native: int) -> None:
+    size = 51
+    pictures = torch.zeros(1, size, size, 3)
+    pictures[:, 24:27, 24:27] = 0.5
+    crops, _, made = region.crop(pictures, torch.ones(1, size, size), sliced(native=native, max_upscale=4))
+    assert made.plan.boxes == (Box(0, 0, size, size),) and made.plan.size == (native, native)
+    back = region.stitch(made, crops)
+    for picture in (crops[0, ..., 0], back[0, ..., 0]):
+        position = (torch.arange(len(picture)) + 0.5) / len(picture)
+        for axis in (0, 1):
+            weight = picture.sum(axis)
+            assert abs(float((weight * position).sum() / weight.sum()) - 0.5) * size < 1e-3
+
+
+def test_a_result_of_another_size_comes_back_to_the_same_place() -> None:
+    made = region.crop(ramps(80), mask_of((80, 80), (8, 16, 56, 64)), sliced())[2]
+    for size in (40, 47, 96, 200):
+        centres = (torch.arange(size) + 0.5) * 48 / size
+        new = torch.zeros(1, size, size, 3)
+        new[..., 0] = (16 + centres) / 80
+        new[..., 1] = ((8 + centres) / 80)[:, None]
+        back = region.stitch(made, new)
+        assert (back - ramps(80))[0, 16:48, 24:56].abs().max() * 80 < 0.06
+
+
+def test_reducing_averages_and_enlarging_stays_in_range() -> None:
+    checkered = ((torch.arange(64)[:, None] + torch.arange(64)) % 2).float()[None, ..., None].expand(1, 64, 64, 3)
+    crops, _, _ = region.crop(checkered, torch.ones(1, 64, 64), sliced(native=16))
+    # Without anti-aliasing every crop pixel would be black or white.
+    assert (crops[0, 2:-2, 2:-2] - 0.5).abs().max() < 0.02
+    enlarged, _, _ = region.crop(checkered, torch.ones(1, 64, 64), sliced(native=128, max_upscale=2))
+    assert enlarged.min() >= 0.0 and enlarged.max() <= 1.0
+
+
+def one_sentence(refused: Any) -> bool:
+    text = str(refused.value)
+    return "\n" not in text and text.endswith(".")
+
+
+NAN = torch.full((1, 8, 8, 3), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("pictures", "mask", "context", "message"),
+    [
+        (torch.zeros(8, 8, 3), torch.ones(1, 8, 8), None, r"picture.*\[8, 8, 3\].*\[B, H, W, C\]"),
+        (torch.zeros(1, 8, 8, 2), torch.ones(1, 8, 8), None, r"picture.*\[1, 8, 8, 2\].*3 or 4 channels"),
+        (torch.zeros(0, 8, 8, 3), torch.ones(1, 8, 8), None, r"picture.*\[0, 8, 8, 3\]"),
+        (torch.zeros(1, 0, 8, 3), torch.ones(1, 8, 8), None, r"picture.*\[1, 0, 8, 3\]"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(1, 8, 8), None, r"picture.*uint8.*floating point"),
+        (NAN, torch.ones(1, 8, 8), None, r"picture.*NaN"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(8, 8), None, r"mask.*\[8, 8\].*\[B, H, W\]"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(1, 0, 8), None, r"mask.*\[1, 0, 8\]"),
+        (torch.zeros(1, 8, 8, 3), NAN[..., 0], None, r"mask.*NaN"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8), NAN[..., 0], r"context mask.*NaN"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8), torch.ones(8, 8), r"context mask.*\[8, 8\]"),
+        (torch.zeros(2, 8, 8, 3), torch.ones(3, 8, 8), None, r"2 pictures, 3 masks"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(2, 8, 8), torch.ones(3, 8, 8), r"2 masks and 3 context masks"),
+    ],
+)
+def test_what_cannot_be_cropped_is_refused_in_one_sentence(
+    pictures: torch.Tensor, mask: torch.Tensor, context: torch.Tensor | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        region.crop(pictures, mask, Settings(), context)
+    assert one_sentence(refused)
+
+
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        (torch.zeros(3, 8, 8, 3), r"3 new pictures.*2 crops.*2 or a multiple"),
+        (torch.zeros(1, 8, 8, 3), r"1 new pictures.*2 crops"),
+        (torch.zeros(0, 8, 8, 3), r"new picture.*\[0, 8, 8, 3\]"),
+        (torch.zeros(8, 8, 3), r"new picture.*\[8, 8, 3\]"),
+        (NAN, r"new picture.*NaN"),
+    ],
+)
+def test_what_cannot_be_stitched_is_refused_in_one_sentence(new: torch.Tensor, message: str) -> None:
+    made = region.crop(random_pictures(2, 8, 8), torch.ones(1, 8, 8), sliced())[2]
+    with pytest.raises(ValueError, match=message) as refused:
+        region.stitch(made, new)
+    assert one_sentence(refused)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "need"),
+    [
+        ("multiple", 0, "positive multiple of 8"),
+        ("multiple", 12, "positive multiple of 8"),
+        ("native", 7, "at least the multiple, 8"),
+        ("context_percent", -1, "0 or more"),
+        ("context_percent", float("nan"), "0 or more"),
+        ("context_pixels", -1, "0 or more"),
+        ("min_side", 0, "1 or more"),
+        ("max_aspect", 0.5, "1 or more"),
+        ("max_aspect", float("inf"), "finite"),
+        ("max_upscale", 0.9, "1 or more"),
+        ("forced_size", (512, 513), "multiples of 8"),
+        ("forced_size", (0, 512), "multiples of 8"),
+        ("forced_size", (512,), "multiples of 8"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any, need: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} is .*{need}") as refused:
+        Settings(**{name: value})
+    assert one_sentence(refused)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "size"),
+    [
+        ([], (8, 8)),
+        ([None], (0, 8)),
+        ([Box(0, 0, 9, 8)], (8, 8)),
+        ([Box(-1, 0, 4, 8)], (8, 8)),
+        ([Box(4, 4, 4, 8)], (8, 8)),
+    ],
+)
+def test_boxes_that_fit_no_picture_are_refused(boxes: Any, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"pixel") as refused:
+        region.plan(boxes, size, Settings())
+    assert one_sentence(refused)
