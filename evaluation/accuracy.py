@@ -9,11 +9,11 @@ from __future__ import annotations
 import importlib
 import time
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_extras.nodes_mask import composite
 
@@ -25,7 +25,7 @@ from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, gene
 from ..training.world.backgrounds import BACKGROUNDS, PHRASES
 from ..training.world.captions import local_caption
 from ..training.world.triplets import Triplet, make_triplet
-from ..weights.demo_model import load_demo_model
+from ..weights.demo_model import FOLDER, load_demo_model
 from .judge import Judge
 from .metrics import background_error, seam_visibility
 
@@ -86,15 +86,22 @@ def methods(models: list[str], etas: list[float]) -> list[Method]:
     ]
 
 
-@cache
-def demo(model: str) -> tuple[Any, CLIP, VAE]:
-    """MODEL, CLIP and VAE for one of MODELS."""
-    return load_demo_model(MODELS[model])
+class Models:
+    """The demo models of a folder, each loaded once."""
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self._folder = folder
+        self._loaded: dict[str, tuple[ModelPatcher, CLIP, VAE]] = {}
+
+    def __getitem__(self, name: str) -> tuple[ModelPatcher, CLIP, VAE]:
+        """MODEL, CLIP and VAE for one of MODELS."""
+        if name not in self._loaded:
+            self._loaded[name] = load_demo_model(MODELS[name], self._folder)
+        return self._loaded[name]
 
 
-def patched(method: Method) -> Any:
-    """The demo MODEL with a method's patches."""
-    model = demo(method.model)[0]
+def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
+    """A MODEL with a method's patches."""
     if method.painta:
         model = with_painta(model, PAIntA())
     if method.eta is not None:
@@ -107,9 +114,9 @@ def as_image(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture).float()[None] / 255.0
 
 
-def fill(method: Method, triplet: Triplet, seed: int, sampling: Sampling) -> torch.Tensor:
+def fill(models: Models, method: Method, triplet: Triplet, seed: int, sampling: Sampling) -> torch.Tensor:
     """The finished picture [1, H, W, 3] of one triplet."""
-    model, (_, clip, vae) = patched(method), demo(method.model)
+    model, clip, vae = models[method.model]
     pixels, mask = as_image(triplet.scene.picture), torch.from_numpy(triplet.hole).float()[None]
     positive, negative = encode_prompt(clip, triplet.prompt), encode_prompt(clip, "")
     with torch.inference_mode():
@@ -117,17 +124,26 @@ def fill(method: Method, triplet: Triplet, seed: int, sampling: Sampling) -> tor
             positive, negative, pixels, vae, mask, noise_mask=True
         )
         (latent,) = host_nodes.common_ksampler(
-            model, seed, sampling.steps, sampling.cfg, sampling.sampler, sampling.scheduler, *conditions, denoise=1.0
+            patched(model, method),
+            seed,
+            sampling.steps,
+            sampling.cfg,
+            sampling.sampler,
+            sampling.scheduler,
+            *conditions,
+            denoise=1.0,
         )
         made = vae.decode(latent["samples"]).float().cpu()
         return composite(pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, mask, 1).movedim(1, -1)
 
 
-def attempt(method: Method, split: str, index: int, sampling: Sampling, judge: Judge) -> tuple[Outcome, torch.Tensor]:
+def attempt(
+    models: Models, method: Method, split: str, index: int, sampling: Sampling, judge: Judge
+) -> tuple[Outcome, torch.Tensor]:
     """Fill one triplet of a split and judge the picture [1, H, W, 3]. The noise depends on the triplet alone."""
     triplet = make_triplet(split, index)
     started = time.perf_counter()
-    result = fill(method, triplet, index, sampling)
+    result = fill(models, method, triplet, index, sampling)
     seconds = time.perf_counter() - started
     pixels, hole = result.movedim(-1, 1), torch.from_numpy(triplet.hole).float()[None, None]
     scene = as_image(triplet.scene.picture).movedim(-1, 1)
@@ -164,9 +180,9 @@ def make_caption(split: str, index: int) -> Caption:
     return Caption(f"{local_caption(shape, colour, pattern)} {PHRASES[background][0]}", shape, colour, pattern)
 
 
-def draw(caption: str, seed: int, sampling: Sampling) -> torch.Tensor:
+def draw(models: Models, caption: str, seed: int, sampling: Sampling) -> torch.Tensor:
     """A picture [1, 256, 256, 3] by the text-to-image demo model."""
-    model, clip, vae = demo("4-channel")
+    model, clip, vae = models["4-channel"]
     latent = {"samples": torch.zeros(1, 4, 32, 32)}
     with torch.inference_mode():
         (latent,) = host_nodes.common_ksampler(
@@ -183,11 +199,13 @@ def draw(caption: str, seed: int, sampling: Sampling) -> torch.Tensor:
         return vae.decode(latent["samples"]).float().cpu()
 
 
-def attempt_caption(split: str, index: int, sampling: Sampling, judge: Judge) -> tuple[Outcome, torch.Tensor]:
+def attempt_caption(
+    models: Models, split: str, index: int, sampling: Sampling, judge: Judge
+) -> tuple[Outcome, torch.Tensor]:
     """Draw one caption of a split and judge the picture."""
     caption = make_caption(split, index)
     started = time.perf_counter()
-    picture = draw(caption.text, index, sampling)
+    picture = draw(models, caption.text, index, sampling)
     seconds = time.perf_counter() - started
     seen = judge.anywhere(picture[0].movedim(-1, 0))
     right = (seen.shape, seen.colour) == (caption.shape, caption.colour)

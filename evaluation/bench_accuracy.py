@@ -36,6 +36,7 @@ PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
 METHODS = tuple(PAPER)
 MODELS = ("9-channel", "4-channel")
 GRID_TRIPLETS = 8
+WEIGHTS = ROOT / "weights" / "demo"
 
 
 def parse() -> argparse.Namespace:
@@ -50,6 +51,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
     parser.add_argument("--captions", type=int, default=0, metavar="N", help="text-to-image instead, on N captions")
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="folder of the demo model's files (default: weights/demo)"
+    )
     parser.add_argument("--workers", type=int, help="processes of one thread (default: one a core; 1 on a GPU)")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--grid", type=Path, help=f"write the pictures of the first {GRID_TRIPLETS} triplets here")
@@ -85,7 +89,8 @@ def work(options: argparse.Namespace) -> None:
 
     share, shares, folder = options.share.split("/", 2)
     accuracy = pack_module("evaluation.accuracy")
-    judge = pack_module("evaluation.judge").Judge()
+    judge = pack_module("evaluation.judge").Judge(options.weights)
+    models = accuracy.Models(options.weights)
     sampling = accuracy.Sampling(steps=options.steps, cfg=options.cfg)
     rows = tasks(options)
     for place, index in enumerate(numbers(options)):
@@ -93,9 +98,9 @@ def work(options: argparse.Namespace) -> None:
             continue
         for number, method in enumerate(rows):
             if method is None:
-                outcome, picture = accuracy.attempt_caption(options.split, index, sampling, judge)
+                outcome, picture = accuracy.attempt_caption(models, options.split, index, sampling, judge)
             else:
-                outcome, picture = accuracy.attempt(method, options.split, index, sampling, judge)
+                outcome, picture = accuracy.attempt(models, method, options.split, index, sampling, judge)
             if place < GRID_TRIPLETS and options.grid:
                 pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(Path(folder) / f"{place}-{number}.png")

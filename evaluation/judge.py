@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from ..training.classifier import Classifier
 from ..training.latents import as_pixels
 from ..training.world.attributes import COLOURS, SHAPES
 from ..training.world.crops import NOTHING, cut
-from ..weights.demo_model import read
+from ..weights.demo_model import FOLDER, read
 from .metrics import square_around
 
 Box = tuple[int, int, int]
@@ -30,13 +31,11 @@ class Seen:
 
 
 class Judge:
-    """Names the object in a part of a picture [3, H, W] in [0, 1]."""
+    """Names the object in a part of a picture [3, H, W] in [0, 1]; `folder` holds the classifier's file."""
 
-    def __init__(self, classifier: Classifier | None = None) -> None:
-        if classifier is None:
-            classifier = Classifier()
-            classifier.load_state_dict({name: tensor.float() for name, tensor in read("classifier").items()})
-        self._classifier = classifier.eval().requires_grad_(False)
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self._classifier = Classifier().eval().requires_grad_(False)
+        self._classifier.load_state_dict({name: tensor.float() for name, tensor in read("classifier", folder).items()})
 
     def _probabilities(self, picture: torch.Tensor, boxes: Sequence[Box]) -> tuple[torch.Tensor, torch.Tensor]:
         # Cut from a picture of 8 bits, as in training.

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from .morphology import distance_to_hole
 from .poisson import matching_batches
 
 MIN_PIXELS = 64
@@ -30,6 +31,7 @@ def match_colour(
     band: int = 32,
     mode: Literal["mean", "covariance"] = "mean",
     strength: float = 1.0,
+    everywhere: bool = False,
 ) -> torch.Tensor:
     """Shifts the colours of `source` inside the hole by what its surroundings are off from `destination`.
 
@@ -45,7 +47,8 @@ def match_colour(
       deviation, and T stretches by 1/4 to 4 (MAX_GAIN), so that flat colours do not turn noise into contrast. A band of
       fewer than 64 (MIN_PIXELS) pixels matches the means only.
 
-    `strength` from 0 to 1 goes from the source to the full match.
+    `strength` from 0 to 1 goes from the source to the full match. `everywhere` maps the whole source, also outside of the
+    hole, for a blend that looks at both sides of the edge.
 
     Returns [B, C, H, W] in the source's dtype and on the destination's device: inside the hole the matched colours,
     clamped to [0, 1], outside the source bit for bit. The source comes back unchanged at strength 0, where there is no
@@ -76,12 +79,13 @@ def match_colour(
         if torch.equal(known, wanted):
             continue
         mean, target = known.mean(dim=1, keepdim=True), wanted.mean(dim=1, keepdim=True)
-        fill = source[index][:, inside].cpu().double()
+        part = torch.ones_like(inside) if everywhere else inside
+        fill = source[index][:, part].cpu().double()
         matched = fill - mean
         if mode == "covariance" and known.shape[1] >= MIN_PIXELS:
             matched = _transport(_covariance(known - mean), _covariance(wanted - target)) @ matched
         matched = fill.lerp(matched + target, strength).clamp(0, 1)
-        result[index][:, inside] = matched.to(result)
+        result[index][:, part] = matched.to(result)
     return result
 
 
@@ -90,19 +94,7 @@ def seam_band(inside: torch.Tensor, width: int) -> torch.Tensor:
 
     `inside` is bool [H, W], as is the result. Empty where there is no hole, or nothing else.
     """
-    height, length = inside.shape
-    at = torch.arange(length, device=inside.device, dtype=torch.int32).expand(height, length)
-    far = length + width
-    # Along the row: how far the last hole pixel lies behind, and the next one ahead.
-    behind = at - torch.where(inside, at, -far).cummax(dim=1).values
-    ahead = torch.where(inside, at, far + length).flip(1).cummin(dim=1).values.flip(1) - at
-    square = torch.minimum(behind, ahead).square()
-    near = torch.zeros_like(inside)
-    for step in range(-min(width, height - 1), min(width, height - 1) + 1):
-        here = slice(max(step, 0), height + min(step, 0))
-        there = slice(max(-step, 0), height + min(-step, 0))
-        near[here] |= square[there] <= width**2 - step**2
-    return near & ~inside
+    return distance_to_hole(inside.float(), width)[0, 0].isfinite() & ~inside
 
 
 def _covariance(centred: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,19 @@ def as_mask_batch(mask: torch.Tensor) -> torch.Tensor:
     return mask.float().nan_to_num(nan=0.0).clamp(0.0, 1.0)
 
 
+def resize_mask(mask: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """A mask as for `as_mask_batch`, at a picture's `size` (height, width): float32 [B, 1, height, width] in [0, 1].
+
+    A mask of another size is resized, bilinear and anti-aliased.
+    """
+    mask = as_mask_batch(mask)
+    if tuple(mask.shape[-2:]) == tuple(size):
+        return mask
+    resized = F.interpolate(mask, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    # The weights add up to 1 only within rounding; inside the hole the mask shall stay 1.
+    return torch.where(resized > 1 - 1e-5, 1.0, resized.clamp(min=0.0))
+
+
 def coverage(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """How much of each cell of a grid of `size` (height, width) the hole covers: the area mean.
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .masks import resize_mask
+
 # A region this close to its target is cut out as it is: resampling by less softens everything and gains nothing.
 _NO_RESAMPLING = Fraction(1, 100)
 # How far a side may grow (pixels, exclusive) beyond its target where that saves the resampling: one latent cell.
@@ -204,19 +206,17 @@ def crop(
         part = pictures[index % len(pictures)].index_select(0, rows).index_select(1, columns)
         part_mask = hole[index % len(hole)].index_select(0, rows).index_select(1, columns)
         crops.append(_resize(part, chosen.size, "bicubic"))
-        crop_masks.append(_resize_mask(part_mask[None], chosen.size)[0])
+        crop_masks.append(resize_mask(part_mask, chosen.size)[0, 0])
     return torch.stack(crops), torch.stack(crop_masks), Region(pictures, hole, chosen)
 
 
-def stitch(region: Region, pictures: torch.Tensor) -> torch.Tensor:
-    """Puts pictures made from the crops of `region` back into the originals: [N, H, W, C], new memory.
+def place(region: Region, pictures: torch.Tensor) -> torch.Tensor:
+    """Lays pictures made from the crops of `region` over the originals, box and all: [N, H, W, C], new memory.
 
-    `pictures` are [N, h, w, 3 or 4] in [0, 1] of any size (it is resized to the region's box) on any device. The mask at
-    full resolution blends: 0 keeps the original bit for bit, 1 takes the new pixel, values between mix the two.
-    N is B, the number of crops, or a multiple of it: new picture i belongs to crop i modulo B, the order in which
-    the host repeats a batch. The result has the original's channels, type and device. Alpha is blended like the colours
-    where both have it; a new picture without it leaves the original's as it is, also in the hole, and an original
-    without it gets none.
+    `pictures` are [N, h, w, 3 or 4] in [0, 1] of any size (it is resized to the region's box) on any device. N is B, the
+    number of crops, or a multiple of it: new picture i belongs to crop i modulo B, the order in which the host
+    repeats a batch. The result has the original's channels, type and device; alpha is laid over like the colours where both
+    have it, else the original's stays, and an original without it gets none.
 
     Raises ValueError for wrong shapes or counts, a picture that isn't floating point, and values that aren't finite.
     """
@@ -230,16 +230,32 @@ def stitch(region: Region, pictures: torch.Tensor) -> torch.Tensor:
 
     height, width = region.plan.picture_size
     channels = min(pictures.shape[-1], region.picture.shape[-1])
-    result = region.picture[torch.arange(len(pictures), device=region.picture.device) % len(region.picture)]
+    result = originals(region, len(pictures))[0]
     for index, picture in enumerate(pictures):
         box = boxes[index % len(boxes)]
         top, left, bottom, right = max(0, box.top), max(0, box.left), min(height, box.bottom), min(width, box.right)
         new = _resize(picture[..., :channels].to(result), region.plan.box_size, "bicubic")
         new = new[top - box.top : bottom - box.top, left - box.left : right - box.left]
-        old = result[index, top:bottom, left:right, :channels]
-        weight = region.mask[index % len(region.mask), top:bottom, left:right, None].to(result)
-        old.copy_(torch.where(weight > 0, torch.lerp(old, new, weight), old))
+        result[index, top:bottom, left:right, :channels] = new
     return result
+
+
+def originals(region: Region, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The originals [count, H, W, C] and masks [count, H, W] that so many new pictures belong to, in new memory."""
+    order = torch.arange(count, device=region.picture.device)
+    return region.picture[order % len(region.picture)], region.mask[order % len(region.mask)]
+
+
+def stitch(region: Region, pictures: torch.Tensor) -> torch.Tensor:
+    """Puts pictures made from the crops of `region` back into the originals: [N, H, W, C], new memory.
+
+    As `place`, but blended by the mask at full resolution: 0 keeps the original bit for bit, 1 takes the new pixel,
+    values between mix the two.
+    """
+    new = place(region, pictures)
+    old, mask = originals(region, len(new))
+    weight = mask[..., None].to(new)
+    return torch.where(weight > 0, torch.lerp(old, new, weight), old)
 
 
 def _with_context(box: Box, whole: Box, settings: RegionSettings) -> Box:
@@ -355,12 +371,6 @@ def _resize(picture: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Te
     return resized[0].movedim(0, -1).clamp(0.0, 1.0).to(picture.dtype)
 
 
-def _resize_mask(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    resized = _resize(mask.movedim(0, -1), size, "bilinear").movedim(-1, 0)
-    # The weights add up to 1 only within rounding (3e-7 was seen); inside the hole the mask shall stay 1.
-    return torch.where(resized > 1 - 1e-5, 1.0, resized)
-
-
 def _full_size_mask(mask: torch.Tensor, name: str, pictures: torch.Tensor) -> torch.Tensor:
     """Checks a mask and returns it as float32 in [0, 1], at the size and on the device of the pictures."""
     if mask.ndim != 3 or 0 in mask.shape:
@@ -368,7 +378,7 @@ def _full_size_mask(mask: torch.Tensor, name: str, pictures: torch.Tensor) -> to
     mask = mask.to(pictures.device, torch.float32)
     if not mask.isfinite().all():
         raise ValueError(f"{name} holds values that are NaN or infinite, but values from 0 to 1 are needed.")
-    return _resize_mask(mask.clamp(0.0, 1.0), (pictures.shape[1], pictures.shape[2]))
+    return resize_mask(mask, pictures.shape[1:3])[:, 0]
 
 
 def _check_pictures(pictures: torch.Tensor, name: str) -> None:

@@ -3,14 +3,29 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .condition import TrueFillEncodePrompt
+from .finish import TrueFillHarmonize, TrueFillStitchRegion
 from .guide import TrueFillPAIntA, TrueFillRASG
 from .load import TrueFillDemoModel
-from .mask import TrueFillExamplePhoto
+from .mask import TrueFillCleanMask, TrueFillExamplePhoto, TrueFillFeatherMask, TrueFillGrowMask
+from .region import TrueFillCropRegion, TrueFillFillHole
 
 
 class TrueFillExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TrueFillDemoModel, TrueFillExamplePhoto, TrueFillEncodePrompt, TrueFillPAIntA, TrueFillRASG]
+        return [
+            TrueFillDemoModel,
+            TrueFillExamplePhoto,
+            TrueFillGrowMask,
+            TrueFillFeatherMask,
+            TrueFillCleanMask,
+            TrueFillCropRegion,
+            TrueFillFillHole,
+            TrueFillEncodePrompt,
+            TrueFillPAIntA,
+            TrueFillRASG,
+            TrueFillStitchRegion,
+            TrueFillHarmonize,
+        ]
 
 
 async def comfy_entrypoint() -> TrueFillExtension:

@@ -1,7 +1,10 @@
 """Step 1: what shall change."""
 
+from typing import get_args
+
 from comfy_api.latest import io
 
+from ..imaging import morphology
 from ..imaging.examples import EXAMPLES, load_example
 
 
@@ -25,3 +28,150 @@ class TrueFillExamplePhoto(io.ComfyNode):
     @classmethod
     def execute(cls, photo: str) -> io.NodeOutput:
         return io.NodeOutput(*load_example(photo))
+
+
+def _mask_input(text: str = "The mask: white is hole.") -> io.Mask.Input:
+    return io.Mask.Input("mask", tooltip=text)
+
+
+class TrueFillGrowMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillGrowMask",
+            display_name="Grow Mask (TrueFill)",
+            category="TrueFill/1 mask",
+            description="Grows the hole by so many pixels in every direction, or shrinks it: round corners, true distance, exact "
+            "to the pixel. Grey edges keep their grey.",
+            search_aliases=["expand mask", "shrink mask", "dilate", "erode", "grow mask", "mask offset"],
+            inputs=[
+                _mask_input(),
+                io.Float.Input(
+                    "pixels",
+                    default=16.0,
+                    min=-4096.0,
+                    max=4096.0,
+                    step=1.0,
+                    round=0.01,
+                    tooltip="How far the hole grows; a negative number shrinks it.",
+                ),
+            ],
+            outputs=[io.Mask.Output(tooltip="The grown mask.")],
+        )
+
+    @classmethod
+    def execute(cls, mask: io.Mask.Type, pixels: float) -> io.NodeOutput:
+        return io.NodeOutput(morphology.grow(mask, pixels)[:, 0])
+
+
+class TrueFillFeatherMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillFeatherMask",
+            display_name="Feather Mask (TrueFill)",
+            category="TrueFill/1 mask",
+            description="Softens the edge of the hole over so many pixels of true distance, on the side you choose.",
+            search_aliases=["blur mask", "soften mask", "mask falloff", "feather"],
+            inputs=[
+                _mask_input("The mask: white is hole. Of a grey mask everything lighter than half counts."),
+                io.Float.Input(
+                    "pixels",
+                    default=16.0,
+                    min=0.0,
+                    max=4096.0,
+                    step=1.0,
+                    round=0.01,
+                    tooltip="Width of the soft edge. 0 leaves the mask as it is.",
+                ),
+                io.Combo.Input(
+                    "where",
+                    options=list(get_args(morphology.Where)),
+                    default="outside",
+                    tooltip="outside: the whole hole stays white and the softness reaches into the known picture. inside: "
+                    "nothing known is touched; a narrow hole does not get fully white. centered: half of each.",
+                ),
+                io.Combo.Input(
+                    "curve",
+                    options=list(get_args(morphology.Curve)),
+                    default="smooth",
+                    tooltip="smooth starts and ends flat, linear is a straight ramp.",
+                ),
+            ],
+            outputs=[io.Mask.Output(tooltip="The feathered mask.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, mask: io.Mask.Type, pixels: float, where: morphology.Where, curve: morphology.Curve
+    ) -> io.NodeOutput:
+        return io.NodeOutput(morphology.feather(mask, pixels, where, curve)[:, 0])
+
+
+class TrueFillCleanMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillCleanMask",
+            display_name="Clean Mask (TrueFill)",
+            category="TrueFill/1 mask",
+            description="Makes a mask from a detector or a quick brush usable: removes specks, closes islands, smooths the "
+            "outline, and, if you like, turns it into its box or convex hull.",
+            search_aliases=[
+                "fix mask",
+                "fill mask holes",
+                "remove small regions",
+                "stabilize mask",
+                "mask bounding box",
+                "convex hull",
+            ],
+            inputs=[
+                _mask_input(),
+                io.Int.Input(
+                    "remove_specks",
+                    default=64,
+                    min=0,
+                    max=2**24,
+                    tooltip="Parts of the hole with fewer pixels than this vanish. 0 keeps all.",
+                ),
+                io.Int.Input(
+                    "fill_islands",
+                    default=2**24,
+                    min=0,
+                    max=2**24,
+                    tooltip="Known islands inside the hole of up to so many pixels become hole. 0 keeps all of them.",
+                ),
+                io.Float.Input(
+                    "smooth",
+                    default=0.0,
+                    min=0.0,
+                    max=512.0,
+                    step=1.0,
+                    round=0.01,
+                    tooltip="Radius in pixels: thinner whiskers are cut off and narrower gaps closed. 0 leaves "
+                    "the outline as it is.",
+                ),
+                io.Combo.Input(
+                    "shape",
+                    options=["as it is", "box", "convex hull"],
+                    default="as it is",
+                    tooltip="What the hole of each picture is turned into at the end.",
+                ),
+            ],
+            outputs=[io.Mask.Output(tooltip="The cleaned mask.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, mask: io.Mask.Type, remove_specks: int, fill_islands: int, smooth: float, shape: str
+    ) -> io.NodeOutput:
+        cleaned = morphology.remove_specks(mask, remove_specks)
+        if fill_islands:
+            cleaned = morphology.fill_holes(cleaned, fill_islands)
+        if smooth:
+            cleaned = morphology.stabilise(cleaned, smooth)
+        if shape == "box":
+            cleaned = morphology.box(cleaned)
+        elif shape == "convex hull":
+            cleaned = morphology.convex_hull(cleaned)
+        return io.NodeOutput(cleaned[:, 0])

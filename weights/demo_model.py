@@ -147,11 +147,13 @@ def host_vae(state: dict[str, torch.Tensor]) -> comfy.sd.VAE:
     return comfy.sd.VAE(sd=state)
 
 
-def load_demo_model(kind: str) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+def load_demo_model(
+    kind: str, folder: Path = FOLDER
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of the demo model; `kind` is one of KINDS.
 
     Raises ValueError for another kind and FileNotFoundError where the pack is incomplete.
     """
     if kind not in KINDS:
         raise ValueError(f"There is no demo model '{kind}'; there are: {', '.join(KINDS)}.")
-    return host_unet(read(KINDS[kind])), host_clip(read("text")), host_vae(read("vae"))
+    return host_unet(read(KINDS[kind], folder)), host_clip(read("text", folder)), host_vae(read("vae", folder))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from truefill_testing.demo_weights import write_untrained
 from truefill_testing.host import ROOT, pack_module
 
 accuracy = pack_module("evaluation.accuracy")
@@ -20,20 +21,26 @@ triplets = pack_module("training.world.triplets")
 QUICK = accuracy.Sampling(steps=2)
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_untrained(tmp_path_factory.mktemp("weights"))
+
+
 @pytest.mark.parametrize("model", list(accuracy.MODELS))
-def test_a_filled_triplet_is_the_scene_outside_of_the_hole(model):
+def test_a_filled_triplet_is_the_scene_outside_of_the_hole(model, weights):
+    models = accuracy.Models(weights)
     triplet = triplets.make_triplet("dev", 0)
-    plain = accuracy.fill(accuracy.Method(model), triplet, 0, QUICK)
+    plain = accuracy.fill(models, accuracy.Method(model), triplet, 0, QUICK)
     assert plain.shape == (1, 256, 256, 3)
     scene, known = accuracy.as_image(triplet.scene.picture), torch.from_numpy(~triplet.hole)
-    both = accuracy.fill(accuracy.Method(model, painta=True, eta=0.1), triplet, 0, QUICK)
+    both = accuracy.fill(models, accuracy.Method(model, painta=True, eta=0.1), triplet, 0, QUICK)
     for picture in (plain, both):
         assert torch.equal(picture[0][known], scene[0][known])
         assert not torch.equal(picture[0][~known], scene[0][~known])
     assert not torch.equal(plain, both)
     # The noise depends on the seed alone.
-    assert torch.equal(plain, accuracy.fill(accuracy.Method(model), triplet, 0, QUICK))
-    assert not torch.equal(plain, accuracy.fill(accuracy.Method(model), triplet, 1, QUICK))
+    assert torch.equal(plain, accuracy.fill(models, accuracy.Method(model), triplet, 0, QUICK))
+    assert not torch.equal(plain, accuracy.fill(models, accuracy.Method(model), triplet, 1, QUICK))
 
 
 def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch):
@@ -46,11 +53,11 @@ def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch):
             assert picture.shape == (3, 256, 256) and torch.equal(hole > 0, torch.from_numpy(triplet.hole))
             return seen
 
-    outcome, picture = accuracy.attempt(accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
+    outcome, picture = accuracy.attempt({}, accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
     assert outcome.right and not outcome.empty
     assert outcome.background_error == 0.0 and outcome.seam == 0.0 and picture.shape == (1, 256, 256, 3)
     seen = judges.Seen(None, triplet.colour)
-    outcome, _ = accuracy.attempt(accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
+    outcome, _ = accuracy.attempt({}, accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
     assert not outcome.right and outcome.empty
 
 
@@ -61,9 +68,10 @@ def test_captions_ask_for_every_attribute_and_are_the_same_every_time():
     assert all(caption.shape in caption.text and caption.colour in caption.text for caption in found)
 
 
-def test_the_command_writes_table_rows_and_grid(tmp_path):
+def test_the_command_writes_table_rows_and_grid(tmp_path, weights):
     command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--split", "dev", "--triplets", "2"]
     command += ["--models", "9-channel", "--methods", "plain", "PAIntA + RASG", "--steps", "2", "--workers", "2"]
+    command += ["--weights", weights]
     command += ["--json", tmp_path / "rows.json", "--grid", tmp_path / "grid.png"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -77,3 +85,20 @@ def test_the_command_writes_table_rows_and_grid(tmp_path):
         assert picture.width == 4 * 256 and picture.height > 2 * 256
         cell = np.asarray(picture)[:256, :256]
     assert np.array_equal(cell, triplets.make_triplet("dev", 0).scene.picture)
+
+
+def test_the_command_draws_captions(tmp_path, weights):
+    command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--captions", "1", "--steps", "2"]
+    done = subprocess.run(
+        [*command, "--weights", weights, "--json", tmp_path / "rows.json", "--workers", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["method"], row["n"], row["split"]) == ("text-to-image", 1, "test") and "seam" not in row
+
+
+def test_missing_weights_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"truefill_demo_inpaint\.safetensors is missing"):
+        accuracy.Models(tmp_path)["9-channel"]

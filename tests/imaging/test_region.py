@@ -441,6 +441,15 @@ def test_a_mask_of_another_size_is_stretched_and_keeps_its_hole(size: tuple[int,
     assert (full == 1.0).all()
 
 
+@pytest.mark.parametrize("native", [24, 96])
+def test_a_resampled_mask_overshoots_nowhere(native: int) -> None:
+    grey = mask_of((48, 48), (16, 16, 32, 32)) / 2
+    rule = sliced(native=native, context_pixels=16, max_upscale=2)
+    crop_masks = region.crop(random_pictures(1, 48, 48), grey, rule)[1]
+    assert crop_masks.shape == (1, native, native)
+    assert crop_masks.max() == pytest.approx(0.5, abs=1e-6)
+
+
 def test_a_full_mask_stays_full_however_it_is_resampled() -> None:
     for native in (16, 24, 40, 104):
         _, crop_masks, made = region.crop(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from truefill_testing.demo_weights import untrained_networks, write_untrained
 from truefill_testing.host import ensure_host, pack_module
 
 ensure_host()
@@ -18,56 +19,19 @@ import comfy.taesd.taesd  # noqa: E402
 
 demo_models = pack_module("training.demo_models")
 export = pack_module("training.export")
-loop = pack_module("training.loop")
-narrow_taesd = pack_module("training.narrow_taesd")
 vocabulary = pack_module("training.vocabulary")
 demo_model = pack_module("weights.demo_model")
-Classifier = pack_module("training.classifier").Classifier
-
-
-class Untrained(loop.Task):
-    """A stage that only has weights."""
-
-    def __init__(self, name: str, **networks: torch.nn.Module) -> None:
-        self.name, self.networks = name, torch.nn.ModuleDict(networks)
-
-    def batch(self, seed, step, size):
-        raise NotImplementedError
-
-    def losses(self, batch, generator):
-        raise NotImplementedError
 
 
 @pytest.fixture(scope="module")
 def networks() -> dict[str, torch.nn.Module]:
-    unet = demo_models.new_unet(4, seed=0)
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return {
-        "vae": narrow_taesd.NarrowTAESD(),
-        "text": demo_models.TextEncoder(vocabulary.world_vocabulary(), seed=1),
-        "text2image": unet,
-        "inpaint": demo_models.inpainting_unet(unet.state_dict()),
-        "classifier": Classifier(),
-    }
+    return untrained_networks()
 
 
 @pytest.fixture(scope="module")
-def files(networks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    stages = (
-        Untrained("vae", vae=networks["vae"]),
-        Untrained("text2image", unet=networks["text2image"], text=networks["text"]),
-        Untrained("inpaint", unet=networks["inpaint"]),
-        Untrained("classifier", classifier=networks["classifier"]),
-    )
-    settings = loop.Settings(steps=1, batch=1, learning_rate=1e-3)
-    for stage in stages:
-        loop.Trainer(stage, settings, folder / "runs" / stage.name, torch.device("cpu")).save()
-    written = export.export(folder / "runs", folder / "out")
-    assert [path.name for path in written] == list(demo_model.FILES.values())
-    return dict(zip(demo_model.FILES, written, strict=True))
+def files(tmp_path_factory):
+    folder = write_untrained(tmp_path_factory.mktemp("export"))
+    return {name: folder / file for name, file in demo_model.FILES.items()}
 
 
 def test_the_recipe_says_how_each_stage_was_trained(files):

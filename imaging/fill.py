@@ -1,0 +1,97 @@
+"""What to put into a hole before sampling begins: colours from around it, noise, or grey."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+from .masks import as_mask_batch
+
+Fill = Literal["blurred", "edge", "mean", "noise", "grey"]
+GREY = 0.5
+
+
+def fill_hole(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurred", seed: int = 0) -> torch.Tensor:
+    """Pictures [B, C, H, W] in [0, 1] with something else in their holes.
+
+    `mask` is [H, W], [B, H, W] or [B, 1, H, W], of the pictures' size; a batch of 1 goes with every picture. Grey values mix
+    both. Where the mask is 0 the picture stays as it is, bit for bit. Pixels under a mask above 0 count as unknown.
+
+    method: "blurred" interpolates smoothly from all around the hole (push-pull pyramid: Gortler et al., "The Lumigraph",
+        section 4.3). "edge" repeats the nearest known pixel. "mean" is the mean of all known pixels. "noise" is normally
+        distributed with the mean and deviation of the known pixels, from `seed`. "grey" is 0.5, which inpainting models see
+        as their hole.
+
+    A picture without a known pixel becomes grey (noise around grey for "noise"). The input is not changed. Raises ValueError
+    for an unknown method and for sizes that do not fit together.
+    """
+    if method not in get_args(Fill):
+        raise ValueError(f"There is no fill '{method}'; choose one of {', '.join(get_args(Fill))}.")
+    if pictures.ndim != 4:
+        raise ValueError(f"Pictures need 4 dimensions [B, C, H, W]; these have {pictures.ndim}.")
+    mask = as_mask_batch(mask).to(pictures)
+    if mask.shape[-2:] != pictures.shape[-2:]:
+        raise ValueError(
+            f"The mask is {mask.shape[-1]}x{mask.shape[-2]} pixels, the picture {pictures.shape[-1]}x{pictures.shape[-2]}: "
+            "bring the mask to the picture's size."
+        )
+    count = max(len(pictures), len(mask))
+    if not {len(pictures), len(mask)} <= {1, count}:
+        raise ValueError(
+            f"{len(mask)} masks do not fit {len(pictures)} pictures: give one mask, or one for each picture."
+        )
+    pictures, mask = pictures.expand(count, -1, -1, -1), mask.expand(count, -1, -1, -1)
+    known = (mask == 0).to(pictures)
+    if method == "grey":
+        made = torch.full_like(pictures, GREY)
+    elif method == "blurred":
+        made = _push_pull(pictures, known)
+    elif method == "edge":
+        made = torch.stack([_nearest(picture, there[0] > 0) for picture, there in zip(pictures, known, strict=True)])
+    else:
+        mean, deviation = _statistics(pictures, known)
+        made = mean.expand_as(pictures)
+        if method == "noise":
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(pictures.shape, generator=generator).to(pictures)
+            made = (mean + deviation * noise).clamp(0.0, 1.0)
+    return torch.where(mask == 0, pictures, torch.lerp(pictures, made, mask))
+
+
+def _statistics(pictures: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the known pixels, [B, C, 1, 1]; grey and a quarter where there are none."""
+    count = known.sum(dim=(2, 3), keepdim=True)
+    there = count > 0
+    count = count.clamp(min=1.0)
+    mean = (pictures * known).sum(dim=(2, 3), keepdim=True) / count
+    deviation = (((pictures - mean) * known).square().sum(dim=(2, 3), keepdim=True) / count).sqrt()
+    return torch.where(there, mean, GREY), torch.where(there, deviation, 0.25)
+
+
+def _nearest(picture: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """A picture [C, H, W] in which every pixel is the nearest of those in `known`, bool [H, W]."""
+    if not bool(known.any()):
+        return torch.full_like(picture, GREY)
+    indices = ndimage.distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
+    rows, columns = torch.from_numpy(np.asarray(indices)).long().to(picture.device)
+    return picture[:, rows, columns]
+
+
+def _push_pull(pictures: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """Unknown pixels from ever coarser means of the known ones."""
+    colours, weight = [pictures * known], [known]
+    while max(colours[-1].shape[-2:]) > 1:
+        # A cell that knows of anything counts as known: only its sum tells how much of it is.
+        total = F.avg_pool2d(weight[-1], 2, ceil_mode=True, count_include_pad=False)
+        colours.append(F.avg_pool2d(colours[-1], 2, ceil_mode=True, count_include_pad=False) / total.clamp(min=1e-6))
+        weight.append((total > 0).to(total))
+        colours[-1] = colours[-1] * weight[-1]
+    made = torch.where(weight[-1] > 0, colours[-1], GREY)
+    for colour, there in zip(colours[-2::-1], weight[-2::-1], strict=True):
+        coarse = F.interpolate(made, size=colour.shape[-2:], mode="bilinear", align_corners=False)
+        made = torch.where(there > 0, colour, coarse)
+    return made

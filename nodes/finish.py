@@ -1,0 +1,135 @@
+"""Step 6: put the result into the picture, without a seam."""
+
+from typing import get_args
+
+import torch
+from comfy_api.latest import io
+
+from ..imaging.harmonise import ColourMode, Mode, harmonise
+from ..imaging.masks import resize_mask
+from ..imaging.region import Region, originals, place, stitch
+from .region import RegionType
+
+
+def _harmonise_inputs(default: Mode) -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "harmonise",
+            options=list(get_args(Mode)),
+            default=default,
+            tooltip="colour: takes the tone shift out, by comparing both pictures around the hole. poisson: keeps the gradients "
+            "of what was made and meets the picture at the edge. both: colours, then poisson. off: only blends.",
+        ),
+        io.Combo.Input(
+            "colour",
+            options=list(get_args(ColourMode)),
+            default="mean",
+            advanced=True,
+            tooltip="What the colours are matched by: mean shifts them, covariance also matches contrast and tint.",
+        ),
+        io.Int.Input(
+            "band",
+            default=32,
+            min=1,
+            max=1024,
+            advanced=True,
+            tooltip="Width in pixels of the band around the hole that colours are compared in.",
+        ),
+        io.Boolean.Input(
+            "mixed_gradients",
+            default=False,
+            advanced=True,
+            tooltip="For poisson: keeps the stronger gradient of both pictures, so that a texture under the hole shows through.",
+        ),
+    ]
+
+
+class TrueFillStitchRegion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillStitchRegion",
+            display_name="Stitch Region (TrueFill)",
+            category="TrueFill/6 finish",
+            description="Puts an inpainted crop back where Crop Region took it from. Outside of the hole and its soft edge the "
+            "picture is the original, bit for bit.",
+            search_aliases=["inpaint stitch", "crop and stitch", "paste back", "uncrop"],
+            inputs=[
+                io.Image.Input(
+                    "image", tooltip="What was made of the crop. Several pictures for one crop give several results."
+                ),
+                RegionType.Input("region", tooltip="From Crop Region."),
+                *_harmonise_inputs("off"),
+            ],
+            outputs=[io.Image.Output(tooltip="The whole picture.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, image: io.Image.Type, region: Region, harmonise: Mode, colour: ColourMode, band: int, mixed_gradients: bool
+    ) -> io.NodeOutput:
+        if harmonise == "off":
+            return io.NodeOutput(stitch(region, image))
+        new = place(region, image)
+        old, mask = originals(region, len(new))
+        return io.NodeOutput(_fitted(new, old, mask, harmonise, colour, band, mixed_gradients))
+
+
+class TrueFillHarmonize(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillHarmonize",
+            display_name="Harmonize (TrueFill)",
+            category="TrueFill/6 finish",
+            description="Puts an inpainted picture into the original without a change of tone at the edge of the hole. "
+            "Outside of the mask the result is the original, bit for bit.",
+            search_aliases=[
+                "color match",
+                "colour match",
+                "poisson blending",
+                "seamless clone",
+                "seamless paste",
+                "composite",
+            ],
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="The whole generated picture, as it comes from VAE Decode, not composited yet: what it shows around "
+                    "the hole is compared with the original.",
+                ),
+                io.Image.Input("original", tooltip="The picture that was inpainted, of the same size."),
+                io.Mask.Input("mask", tooltip="The hole: white is taken from the image, grey is mixed."),
+                *_harmonise_inputs("both"),
+            ],
+            outputs=[io.Image.Output(tooltip="The finished picture.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: io.Image.Type,
+        original: io.Image.Type,
+        mask: io.Mask.Type,
+        harmonise: Mode,
+        colour: ColourMode,
+        band: int,
+        mixed_gradients: bool,
+    ) -> io.NodeOutput:
+        if image.shape[1:3] != original.shape[1:3]:
+            raise ValueError(
+                f"The image is {image.shape[2]}x{image.shape[1]} pixels and the original {original.shape[2]}x"
+                f"{original.shape[1]}: they have to be of one size; use Crop Region and Stitch Region where they aren't."
+            )
+        mask = resize_mask(mask, original.shape[1:3])[:, 0]
+        return io.NodeOutput(_fitted(image, original, mask, harmonise, colour, band, mixed_gradients))
+
+
+def _fitted(
+    new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, mode: Mode, colour: ColourMode, band: int, mixed: bool
+) -> torch.Tensor:
+    """`harmonise` on the host's pictures [B, H, W, C]; an alpha channel stays the original's."""
+    source, destination = (picture[..., :3].movedim(-1, 1) for picture in (new, old))
+    made = harmonise(source, destination, mask, mode, colour, band, mixed).movedim(1, -1)
+    alpha = old[..., 3:].expand(len(made), -1, -1, -1)
+    return torch.cat((made, alpha), dim=-1) if old.shape[-1] > 3 else made.contiguous()

@@ -1,0 +1,216 @@
+"""Step 2: how much of the picture the model sees, and with what in the hole."""
+
+from typing import get_args
+
+from comfy_api.latest import io
+
+from ..imaging import morphology
+from ..imaging.fill import Fill, fill_hole
+from ..imaging.masks import resize_mask
+from ..imaging.region import RegionSettings, crop
+
+RegionType = io.Custom("REGION")
+"""What Crop Region remembers for Stitch Region: an `imaging.region.Region`."""
+
+
+class TrueFillCropRegion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillCropRegion",
+            display_name="Crop Region (TrueFill)",
+            category="TrueFill/2 region",
+            description="Cuts out the hole with some context and brings it to the size that the model was trained on, so that a "
+            "small hole gets all of the model's detail. Stitch Region puts the result back; everything outside of the hole stays "
+            "as it was, bit for bit.",
+            search_aliases=[
+                "inpaint crop",
+                "crop and stitch",
+                "masked area only",
+                "only masked",
+                "crop by mask",
+                "context",
+            ],
+            inputs=[
+                io.Image.Input(
+                    "image", tooltip="The whole picture, at its own size; a batch may have different holes."
+                ),
+                io.Mask.Input("mask", tooltip="The hole: white is what shall change."),
+                io.Int.Input(
+                    "native_size",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="What the model was trained on: 512 for SD1.5, 768 for SD2 at 768, 1024 for SDXL, 256 for the demo "
+                    "model. The crop has about this number squared of pixels, in the region's own shape.",
+                ),
+                io.Float.Input(
+                    "context_percent",
+                    default=50.0,
+                    min=0.0,
+                    max=1000.0,
+                    step=5.0,
+                    tooltip="How much of the surroundings the model sees on each side, in percent of the hole's box.",
+                ),
+                io.Float.Input(
+                    "feather",
+                    default=16.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=1.0,
+                    tooltip="Width in pixels of the soft edge with which the result is put back, outside of the hole. It is "
+                    "inpainted too. 0: the mask is used as it is.",
+                ),
+                io.Int.Input(
+                    "context_pixels",
+                    default=32,
+                    min=0,
+                    max=4096,
+                    advanced=True,
+                    tooltip="At least so many pixels of context on each side.",
+                ),
+                io.Int.Input(
+                    "min_side",
+                    default=128,
+                    min=1,
+                    max=4096,
+                    advanced=True,
+                    tooltip="The region is at least so many pixels wide and high, as far as the picture goes.",
+                ),
+                io.Float.Input(
+                    "max_upscale",
+                    default=4.0,
+                    min=1.0,
+                    max=16.0,
+                    step=0.25,
+                    advanced=True,
+                    tooltip="The region is enlarged by this at most. 1: never.",
+                ),
+                io.Float.Input(
+                    "max_aspect",
+                    default=2.0,
+                    min=1.0,
+                    max=8.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Long side to short side of the crop at most; a longer hole gets more context across.",
+                ),
+                io.Int.Input(
+                    "multiple",
+                    default=8,
+                    min=8,
+                    max=256,
+                    step=8,
+                    advanced=True,
+                    tooltip="Both sides of the crop are a multiple of this: 8 will do, some models want 64.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    advanced=True,
+                    tooltip="Exactly this width, with a height. 0: as native_size says.",
+                ),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=8,
+                    advanced=True,
+                    tooltip="Exactly this height, with a width. 0: as native_size says.",
+                ),
+                io.Mask.Input(
+                    "context_mask",
+                    optional=True,
+                    tooltip="What else the model shall see: its box is part of the region.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(tooltip="The crop, at the model's size."),
+                io.Mask.Output(display_name="MASK", tooltip="What to inpaint in it: the hole and its soft edge."),
+                RegionType.Output(display_name="REGION", tooltip="For Stitch Region."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: io.Image.Type,
+        mask: io.Mask.Type,
+        native_size: int,
+        context_percent: float,
+        feather: float,
+        context_pixels: int,
+        min_side: int,
+        max_upscale: float,
+        max_aspect: float,
+        multiple: int,
+        width: int,
+        height: int,
+        context_mask: io.Mask.Type | None = None,
+    ) -> io.NodeOutput:
+        if bool(width) != bool(height):
+            raise ValueError(f"The crop's size is {width} x {height}: give both width and height, or leave both at 0.")
+        settings = RegionSettings(
+            native=native_size,
+            multiple=multiple,
+            context_percent=context_percent,
+            context_pixels=context_pixels,
+            min_side=min_side,
+            max_aspect=max_aspect,
+            max_upscale=max_upscale,
+            forced_size=(height, width) if width else None,
+        )
+        crops, masks, region = crop(image, _feathered(mask, image, feather), settings, context_mask)
+        return io.NodeOutput(crops, (masks > 0).float() if feather else masks, region)
+
+
+def _feathered(mask: io.Mask.Type, image: io.Image.Type, pixels: float) -> io.Mask.Type:
+    """The mask with a soft edge of so many pixels of the picture."""
+    if not pixels:
+        return mask
+    return morphology.feather(resize_mask(mask, image.shape[1:3]), pixels, "outside", "smooth")[:, 0]
+
+
+class TrueFillFillHole(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillFillHole",
+            display_name="Fill Hole (TrueFill)",
+            category="TrueFill/2 region",
+            description="Puts something neutral into the hole before sampling, for a denoise below 1 and for models that see "
+            "what lies under the mask. The rest of the picture stays as it is, bit for bit.",
+            search_aliases=[
+                "fill masked area",
+                "prefill",
+                "outpaint fill",
+                "telea",
+                "blur masked area",
+                "neutral fill",
+            ],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture."),
+                io.Mask.Input("mask", tooltip="The hole: white is filled, grey is mixed."),
+                io.Combo.Input(
+                    "method",
+                    options=list(get_args(Fill)),
+                    default="blurred",
+                    tooltip="blurred: smoothly from all around. edge: the nearest known pixel. mean: the known pixels' mean. "
+                    "noise: noise of their mean and contrast. grey: what inpainting models see as their hole.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**32 - 1, advanced=True, tooltip="Which noise; of no use otherwise."
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The picture with a filled hole.")],
+        )
+
+    @classmethod
+    def execute(cls, image: io.Image.Type, mask: io.Mask.Type, method: Fill, seed: int) -> io.NodeOutput:
+        filled = fill_hole(image.movedim(-1, 1), resize_mask(mask, image.shape[1:3]), method, seed)
+        return io.NodeOutput(filled.movedim(1, -1).contiguous())

@@ -1,0 +1,224 @@
+"""The nodes for masks, regions and finishing in graphs that a running ComfyUI executes."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from devtools.client import Client, GraphFailed
+from truefill_testing.host import pack_module
+
+morphology = pack_module("imaging.morphology")
+WIDTH, HEIGHT = 200, 152
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def picture(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def crop(**inputs: Any) -> dict[str, Any]:
+    return node(
+        "TrueFillCropRegion",
+        **{
+            "image": ["picture", 0],
+            "mask": ["mask", 0],
+            "native_size": 128,
+            "context_percent": 50.0,
+            "feather": 6.0,
+            "context_pixels": 16,
+            "min_side": 32,
+            "max_upscale": 4.0,
+            "max_aspect": 2.0,
+            "multiple": 8,
+            "width": 0,
+            "height": 0,
+            **inputs,
+        },
+    )
+
+
+def stitch(**inputs: Any) -> dict[str, Any]:
+    defaults = {"harmonise": "off", "colour": "mean", "band": 16, "mixed_gradients": False}
+    return node("TrueFillStitchRegion", **{"image": ["crop", 0], "region": ["crop", 2], **defaults, **inputs})
+
+
+def base() -> dict[str, Any]:
+    """A picture of odd size and a small mask."""
+    return {
+        "photo": node("TrueFillExamplePhoto", photo="coffee"),
+        "picture": node(
+            "ImageScale", image=["photo", 0], upscale_method="area", width=WIDTH, height=HEIGHT, crop="disabled"
+        ),
+        "hole": node("MaskToImage", mask=["photo", 1]),
+        "mask scaled": node(
+            "ImageScale",
+            image=["hole", 0],
+            upscale_method="nearest-exact",
+            width=WIDTH,
+            height=HEIGHT,
+            crop="disabled",
+        ),
+        "mask": node("ImageToMask", image=["mask scaled", 0], channel="red"),
+        "save picture": node("PreviewImage", images=["picture", 0]),
+    }
+
+
+def shown(graph: dict[str, Any], **masks: list[Any]) -> dict[str, Any]:
+    """The graph with a picture of each of these masks."""
+    for name, source in masks.items():
+        graph[f"{name} image"] = node("MaskToImage", mask=source)
+        graph[f"save {name}"] = node("PreviewImage", images=[f"{name} image", 0])
+    return graph
+
+
+def test_masks_are_grown_feathered_and_cleaned(server: Client) -> None:
+    graph = base()
+    graph["grown"] = node("TrueFillGrowMask", mask=["mask", 0], pixels=7.0)
+    graph["soft"] = node("TrueFillFeatherMask", mask=["mask", 0], pixels=8.0, where="outside", curve="linear")
+    graph["hull"] = node(
+        "TrueFillCleanMask", mask=["mask", 0], remove_specks=4, fill_islands=100, smooth=2.0, shape="convex hull"
+    )
+    names = {"mask": ["mask", 0], "grown": ["grown", 0], "soft": ["soft", 0], "hull": ["hull", 0]}
+    images = server.run(shown(graph, **names)).images
+    seen = {name: picture(images[f"save {name}"][0])[..., 0] for name in names}
+    mask = torch.from_numpy(seen["mask"].copy()).float()[None] / 255
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    expected = {
+        "grown": morphology.grow(mask, 7.0),
+        "soft": morphology.feather(mask, 8.0, "outside", "linear"),
+        "hull": morphology.convex_hull(morphology.stabilise(mask, 2.0)),
+    }
+    for name, value in expected.items():
+        assert np.abs(seen[name] - 255 * value[0, 0].numpy()).max() <= 1.0, name
+
+
+@pytest.mark.parametrize("native", [64, 128, 256], ids=["smaller", "about the same", "larger"])
+@pytest.mark.parametrize("harmonise", ["off", "both"])
+def test_what_is_stitched_back_changes_the_hole_alone(server: Client, native: int, harmonise: str) -> None:
+    graph = base() | {"crop": crop(native_size=native)}
+    graph["other"] = node("ImageInvert", image=["crop", 0])
+    graph["stitch"] = stitch(image=["other", 0], harmonise=harmonise)
+    graph["save crop"] = node("PreviewImage", images=["crop", 0])
+    graph["save"] = node("PreviewImage", images=["stitch", 0])
+    images = server.run(shown(graph, mask=["mask", 0])).images
+    before, after, hole = (picture(images[name][0]) for name in ("save picture", "save", "save mask"))
+    small = picture(images["save crop"][0])
+    assert small.shape[0] % 8 == small.shape[1] % 8 == 0
+    assert 0.6 * native**2 < small.shape[0] * small.shape[1] < 1.5 * native**2
+    # The hole and its soft edge.
+    touched = morphology.grow(torch.from_numpy(hole[..., 0].copy()).float()[None] / 255, 7.0)[0, 0].numpy() > 0
+    assert np.array_equal(after[~touched], before[~touched])
+    assert (after[hole[..., 0] > 0] != before[hole[..., 0] > 0]).any(axis=1).mean() > 0.9
+
+
+def test_an_unchanged_crop_goes_back_bit_for_bit(server: Client) -> None:
+    # The whole picture is the region, and its size is what the model wants.
+    graph = base() | {"crop": crop(context_percent=1000.0, width=WIDTH, height=HEIGHT), "stitch": stitch()}
+    graph["save"] = node("PreviewImage", images=["stitch", 0])
+    images = server.run(graph).images
+    assert np.array_equal(picture(images["save"][0]), picture(images["save picture"][0]))
+
+
+def test_several_results_of_one_crop_and_a_batch_of_pictures(server: Client) -> None:
+    graph = base() | {"crop": crop()}
+    graph["seeds"] = node("RepeatImageBatch", image=["crop", 0], amount=3)
+    graph["stitch"] = stitch(image=["seeds", 0], harmonise="colour")
+    graph["save"] = node("PreviewImage", images=["stitch", 0])
+    assert len(server.run(graph).images["save"]) == 3
+    graph = base()
+    graph["pictures"] = node("RepeatImageBatch", image=["picture", 0], amount=2)
+    graph |= {"crop": crop(image=["pictures", 0]), "stitch": stitch()}
+    graph["save"] = node("PreviewImage", images=["stitch", 0])
+    assert len(server.run(graph).images["save"]) == 2
+
+
+@pytest.mark.parametrize("method", ["blurred", "edge", "mean", "noise", "grey"])
+def test_the_hole_is_filled_and_nothing_else(server: Client, method: str) -> None:
+    graph = base()
+    graph["filled"] = node("TrueFillFillHole", image=["picture", 0], mask=["mask", 0], method=method, seed=0)
+    graph["save"] = node("PreviewImage", images=["filled", 0])
+    images = server.run(shown(graph, mask=["mask", 0])).images
+    before, after, hole = (picture(images[name][0]) for name in ("save picture", "save", "save mask"))
+    inside = hole[..., 0] == 255
+    assert np.array_equal(after[~inside], before[~inside])
+    assert (after[inside] != before[inside]).any(axis=1).mean() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["off", "colour", "poisson", "both"])
+def test_harmonize_takes_the_tone_shift_out(server: Client, mode: str) -> None:
+    graph = base()
+    graph["grey"] = node("EmptyImage", width=WIDTH, height=HEIGHT, batch_size=1, color=0x808080)
+    graph["shifted"] = node(
+        "ImageBlend", image1=["picture", 0], image2=["grey", 0], blend_factor=0.1, blend_mode="normal"
+    )
+    graph["harmonized"] = node(
+        "TrueFillHarmonize",
+        image=["shifted", 0],
+        original=["picture", 0],
+        mask=["mask", 0],
+        harmonise=mode,
+        colour="covariance",
+        band=24,
+        mixed_gradients=False,
+    )
+    graph["save"] = node("PreviewImage", images=["harmonized", 0])
+    graph["save shifted"] = node("PreviewImage", images=["shifted", 0])
+    images = server.run(shown(graph, mask=["mask", 0])).images
+    before, after, shifted, hole = (
+        picture(images[name][0]).astype(float) for name in ("save picture", "save", "save shifted", "save mask")
+    )
+    inside = hole[..., 0] == 255
+    assert np.array_equal(after[~inside], before[~inside])
+    error, start = np.abs(after - before)[inside].mean(), np.abs(shifted - before)[inside].mean()
+    assert start > 2
+    assert error < 0.5 * start if mode != "off" else error == pytest.approx(start, abs=0.6)
+
+
+MISTAKES = {
+    "half a size": ({"crop": crop(width=128)}, r"The crop's size is 128 x 0: give both"),
+    "pictures of two sizes": (
+        {
+            "small": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
+            "stitch": node(
+                "TrueFillHarmonize",
+                image=["small", 0],
+                original=["picture", 0],
+                mask=["mask", 0],
+                harmonise="both",
+                colour="mean",
+                band=16,
+                mixed_gradients=False,
+            ),
+        },
+        r"64x64 pixels and the original 200x152: they have to be of one size",
+    ),
+    "two results for three crops": (
+        {
+            "pictures": node("RepeatImageBatch", image=["picture", 0], amount=3),
+            "crop": crop(image=["pictures", 0]),
+            "two": node("RepeatImageBatch", image=["picture", 0], amount=2),
+            "stitch": stitch(image=["two", 0]),
+        },
+        r"2 new pictures can't be stitched into 3 crops",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_is_answered_in_one_sentence(server: Client, mistake: str) -> None:
+    nodes, message = MISTAKES[mistake]
+    graph = base() | {"crop": crop(), "stitch": stitch()} | copy.deepcopy(nodes)
+    graph["save"] = node("PreviewImage", images=["stitch", 0])
+    with pytest.raises(GraphFailed, match=message) as failed:
+        server.run(graph)
+    assert "\n" not in failed.value.message.strip()

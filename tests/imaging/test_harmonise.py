@@ -1,0 +1,98 @@
+"""Harmonising: the tone shift goes, the picture outside of the mask stays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from truefill_testing.host import pack_module
+
+harmonise = pack_module("imaging.harmonise").harmonise
+masks = pack_module("imaging.masks")
+MODES = ("off", "colour", "poisson", "both")
+
+
+def scene(size: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A textured picture, the same with another fill and a shifted tone, and the hole."""
+    generator = torch.Generator().manual_seed(0)
+    picture = 0.35 + 0.2 * torch.rand(1, 3, size, size, generator=generator)
+    hole = torch.zeros(1, 1, size, size)
+    hole[:, :, 14:33, 11:30] = 1.0
+    fill = 0.35 + 0.2 * torch.rand(1, 3, size, size, generator=generator)
+    return picture, torch.where(hole > 0, fill, picture), hole
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_picture_stays_where_the_mask_is_0(mode):
+    picture, made, hole = scene()
+    soft = pack_module("imaging.morphology").feather(hole, 6, "outside", "smooth")
+    result = harmonise(made + 0.1, picture, soft, mode)
+    known = (soft == 0).expand_as(picture)
+    assert torch.equal(result[known], picture[known])
+    assert not torch.equal(result[~known], picture[~known])
+    assert torch.equal(harmonise(made, picture, torch.zeros_like(hole), mode), picture)
+
+
+@pytest.mark.parametrize("mode", ["colour", "poisson", "both"])
+def test_a_shift_of_tone_vanishes(mode):
+    picture, made, hole = scene()
+    shift = torch.tensor([0.1, -0.05, 0.08])[:, None, None]
+    result = harmonise(made + shift, picture, hole, mode)
+    torch.testing.assert_close(result, made, atol=1.5e-3, rtol=0)
+    assert (harmonise(made + shift, picture, hole, "off") - made).abs().max() > 0.09
+
+
+def test_a_shift_of_contrast_needs_the_covariance():
+    picture, made, hole = scene(96)
+    flat = 0.45 + 0.5 * (made - 0.45)
+    inside = (hole > 0).expand_as(picture)
+    mean, both = (harmonise(flat, picture, hole, "both", colour) for colour in ("mean", "covariance"))
+    assert (both - made)[inside].abs().mean() < 0.3 * (mean - made)[inside].abs().mean()
+
+
+def test_both_matches_colours_on_both_sides_of_the_edge():
+    """Poisson blending takes its gradients across the edge from the matched picture, so it has nothing left to do."""
+    picture, made, hole = scene()
+    shift = torch.tensor([0.1, -0.05, 0.08])[:, None, None]
+    colour = harmonise(made + shift, picture, hole, "colour")
+    torch.testing.assert_close(harmonise(made + shift, picture, hole, "both"), colour, atol=2e-3, rtol=0)
+
+
+def test_grey_values_blend_the_outcome():
+    picture, made, hole = scene()
+    half = harmonise(made + 0.1, picture, 0.25 * hole, "poisson")
+    full = harmonise(made + 0.1, picture, hole, "poisson")
+    torch.testing.assert_close(half, torch.lerp(picture, full, 0.25 * hole))
+
+
+def test_one_picture_serves_a_batch_and_nothing_is_changed():
+    picture, made, hole = scene()
+    several = torch.cat([made, made + 0.1, 1 - made])
+    before = several.clone(), picture.clone(), hole.clone()
+    together = harmonise(several, picture, hole)
+    assert together.shape == several.shape
+    for index in range(3):
+        alone = harmonise(several[index : index + 1], picture, hole)
+        torch.testing.assert_close(together[index : index + 1], alone, atol=1e-3, rtol=0)
+    assert all(torch.equal(*pair) for pair in zip(before, (several, picture, hole), strict=True))
+
+
+def test_an_unknown_mode_is_named():
+    picture, made, hole = scene()
+    with pytest.raises(ValueError, match="harmonise 'magic'; choose one of off, colour, poisson, both"):
+        harmonise(made, picture, hole, "magic")
+
+
+@pytest.mark.parametrize("size", [(7, 5), (48, 31), (200, 96)])
+def test_a_mask_is_resized_without_new_grey_inside(size):
+    mask = torch.zeros(1, 48, 48)
+    mask[:, 12:36, 12:36] = 1.0
+    resized = masks.resize_mask(mask, size)
+    assert resized.shape == (1, 1, *size) and resized.min() >= 0 and resized.max() == 1.0
+    rows = torch.linspace(0, 1, 2 * size[0] + 1)[1::2]
+    columns = torch.linspace(0, 1, 2 * size[1] + 1)[1::2]
+    inside = ((rows - 0.5).abs() < 0.25 - 1.1 / min(*size, 48))[:, None] & (
+        (columns - 0.5).abs() < 0.25 - 1.1 / min(*size, 48)
+    )
+    assert (resized[0, 0][inside] == 1.0).all()
+    assert torch.equal(masks.resize_mask(mask, (48, 48))[0], mask)
