@@ -1,11 +1,10 @@
-"""The pack's nodes, one module per step of the job: 0 load, 1 mask ... 6 finish."""
+"""The pack's nodes, one module per step of the job: 1 mask ... 6 finish."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .condition import TrueFillEncodePrompt
 from .finish import TrueFillHarmonize, TrueFillStitchRegion
 from .guide import TrueFillPAIntA, TrueFillRASG
-from .load import TrueFillDemoModel
 from .mask import TrueFillCleanMask, TrueFillExamplePhoto, TrueFillFeatherMask, TrueFillGrowMask
 from .region import TrueFillCropRegion, TrueFillFillHole
 
@@ -13,7 +12,6 @@ from .region import TrueFillCropRegion, TrueFillFillHole
 class TrueFillExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            TrueFillDemoModel,
             TrueFillExamplePhoto,
             TrueFillGrowMask,
             TrueFillFeatherMask,

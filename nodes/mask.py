@@ -15,12 +15,12 @@ class TrueFillExamplePhoto(io.ComfyNode):
             node_id="TrueFillExamplePhoto",
             display_name="Example Photo (TrueFill)",
             category="TrueFill/1 mask",
-            description="A picture that ships with TrueFill, with a hole to fill, so that a workflow runs before you have "
+            description="A photograph that ships with TrueFill, with a hole to fill, so that a workflow runs before you have "
             "picked one of yours. Replace it by Load Image: paint the hole there with Open in MaskEditor.",
             search_aliases=["demo image", "sample image", "test picture", "load image"],
-            inputs=[io.Combo.Input("photo", options=list(EXAMPLES), tooltip="Which picture.")],
+            inputs=[io.Combo.Input("photo", options=list(EXAMPLES), tooltip="Which photograph.")],
             outputs=[
-                io.Image.Output(tooltip="The picture."),
+                io.Image.Output(tooltip="The photograph."),
                 io.Mask.Output(tooltip="Its hole: 1 where the picture shall change."),
             ],
         )

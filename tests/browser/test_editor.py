@@ -33,7 +33,8 @@ PICTURES = ROOT / ".cache" / "screenshots"
 MODULES = ROOT / ".cache" / "browser" / "node_modules"
 # Steps in each mode: not the same, or the second picture would come from the host's cache.
 STEPS = {"classic": 2, "nodes2": 3}
-MEGAPIXELS = 0.1
+MEGAPIXELS, NATIVE = 0.1, 256
+PHOTO = (512, 384)
 HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
 # The random checkpoint that stands in for the model that a graph names: family, inpainting.
 STAND_INS = {
@@ -53,7 +54,11 @@ def api_graph(name: str) -> dict[str, Any]:
 
 def changes(mode: str, name: str) -> dict[str, dict[str, Any]]:
     """Widgets set in the page before Run, so that two cores need seconds."""
-    wanted = {"KSampler": {"steps": STEPS[mode]}, "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS}}
+    wanted = {
+        "KSampler": {"steps": STEPS[mode]},
+        "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
+        "TrueFillCropRegion": {"native_size": NATIVE},
+    }
     present = {node["class_type"] for node in api_graph(name).values()}
     return {node_type: widgets for node_type, widgets in wanted.items() if node_type in present}
 
@@ -182,7 +187,7 @@ def test_run_button_brings_the_picture(name: str, report: dict[str, Any], mode: 
         if "ImageScaleToTotalPixels" in changes(mode, name):
             assert picture.width * picture.height == pytest.approx(MEGAPIXELS * 2**20, rel=0.05)
         else:
-            assert picture.size == (256, 256)
+            assert picture.size == PHOTO
 
 
 @pytest.mark.parametrize("node_type", HELP)

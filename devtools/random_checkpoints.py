@@ -1,15 +1,18 @@
 """Writes random-weight checkpoints in the published formats, as small as the host's loader accepts.
 
-They stand in for models that cannot be downloaded: keys, shapes and scales are those of real files, the pictures are noise.
-Needs the host's modules on sys.path.
+They stand in for models that cannot be downloaded: keys, shapes and scales are those of real files, the
+pictures are noise. Needs the host's modules on sys.path, so dev.py runs this file inside the environment:
+    python random_checkpoints.py HOST FAMILY OUT.safetensors [--inpainting]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,3 +241,23 @@ def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int 
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def main() -> None:
+    """Write one checkpoint, for dev.py."""
+    parser = argparse.ArgumentParser(description="Write a random-weight checkpoint.")
+    parser.add_argument("host", help="folder of ComfyUI")
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("path", help="the file to write")
+    parser.add_argument("--inpainting", action="store_true", help="a model with 9 input channels")
+    options = parser.parse_args()
+    sys.path.insert(0, options.host)
+
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    write_checkpoint(options.path, options.family, options.inpainting)
+
+
+if __name__ == "__main__":
+    main()
