@@ -108,12 +108,20 @@ async function run(page, changes) {
 
 async function help(page, type) {
   const title = await page.evaluate((type) => {
-    const node = window.app.graph.nodes.find((node) => node.type === type)
+    let node = window.app.graph.nodes.find((node) => node.type === type)
+    if (!node) {
+      node = window.LiteGraph.createNode(type)
+      // Its title where the last graph has nothing and the open side panel does not reach, one in the place of the other.
+      node.pos = [430, 670]
+      if (window.added) window.app.graph.remove(window.added)
+      window.added = window.app.graph.add(node) && node
+    }
     const { scale, offset } = window.app.canvas.ds
     const { left, top } = window.app.canvas.canvas.getBoundingClientRect()
     // A little into the title bar, which lies above the node's own corner.
     return [left + (node.pos[0] + offset[0] + 120) * scale, top + (node.pos[1] + offset[1] - 15) * scale]
   }, type)
+  await drawn(page)
   await page.mouse.click(...title)
   await page.click('[data-testid="info-button"]', { timeout: SHOW })
   const content = page.locator('.node-help-content')

@@ -1,0 +1,214 @@
+"""Cropping, stitching, masks and harmonising: what they change, how visible the seam is, and how long they take.
+
+Errors are in levels of 255, distances in pixels. The baselines are what a graph without these nodes does: a plain composite, a
+square dilation for growing (MaskEditor-style "expand"), and a crop that is always resampled. Pictures are synthetic: noise of
+several scales, and fills whose tone is shifted by a constant, along a ramp, or with a texture of its own.
+
+    python dev.py bench region [--sizes 512 2048] [--batch 1] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from truefill_testing.host import pack_module  # noqa: E402
+
+colour = pack_module("imaging.colour")
+fill = pack_module("imaging.fill")
+harmonising = pack_module("imaging.harmonise")
+metrics = pack_module("evaluation.metrics")
+morphology = pack_module("imaging.morphology")
+poisson = pack_module("imaging.poisson")
+region = pack_module("imaging.region")
+
+QUALITY_SIZE = 512
+
+
+def texture(size: int, seed: int, batch: int = 1) -> torch.Tensor:
+    """Noise of several scales around a mid tone: [B, 3, size, size] in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    total = torch.full((batch, 3, size, size), 0.5)
+    for cells in (4, 16, 64):
+        noise = torch.randn(batch, 3, cells, cells, generator=generator)
+        total += 0.06 * F.interpolate(noise, size=(size, size), mode="bicubic", align_corners=False)
+    return total.clamp(0.1, 0.9)
+
+
+def blob(size: int, batch: int = 1) -> torch.Tensor:
+    """An irregular hole of about a quarter of the picture: [B, 1, size, size]."""
+    generator = torch.Generator().manual_seed(7)
+    field = F.interpolate(torch.randn(batch, 1, 6, 6, generator=generator), size=(size, size), mode="bicubic")
+    line = torch.linspace(-1, 1, size)
+    field = field - 2.5 * (line[:, None] ** 2 + line[None, :] ** 2)
+    return (
+        (field > field.flatten(1).quantile(0.75, dim=1)[:, None, None, None]).float()
+        if size <= 1024
+        else (F.interpolate(blob(1024, batch), size=(size, size), mode="nearest"))
+    )
+
+
+def shifts(size: int) -> dict[str, torch.Tensor]:
+    """Tone shifts of a fill: [1, 3, size, size], about ten levels."""
+    ramp = torch.linspace(-1, 1, size)
+    tint = torch.tensor([1.0, -0.6, 0.4])[:, None, None] * (12 / 255)
+    return {
+        "constant": tint.expand(1, 3, size, size),
+        "linear": (tint * ramp).expand(1, 3, size, size),
+        "texture": 0.5 * (texture(size, 5) - 0.5),
+    }
+
+
+def quality() -> list[dict[str, Any]]:
+    """Seam, error inside and error outside for each tone shift and each way to finish."""
+    scene, hole = texture(QUALITY_SIZE, 1), blob(QUALITY_SIZE)
+    content = torch.where(hole > 0, texture(QUALITY_SIZE, 2) * 0.5 + scene * 0.5, scene)
+    # The wanted fill meets the scene at its edge: what is left there is the shift's doing.
+    wanted = poisson.poisson_blend(content, scene, hole)
+    inside = (hole > 0).expand_as(scene)
+    rows = []
+    for shift, amount in shifts(QUALITY_SIZE).items():
+        made = (wanted + amount).clamp(0.0, 1.0)
+        for mode in ("off", "colour", "poisson", "both"):
+            result = harmonising.harmonise(made, scene, hole, mode)
+            rows.append(
+                {
+                    "shift": shift,
+                    "harmonise": mode,
+                    "seam": float(metrics.seam_visibility(result, wanted, hole)),
+                    "inside_error": 255 * float((result - wanted).abs()[inside].mean()),
+                    "outside_max_error": metrics.background_error(result, scene, hole),
+                }
+            )
+    return rows
+
+
+def identity() -> list[dict[str, Any]]:
+    """Crop and stitch without a change: the greatest error in the picture, against a crop that is always resampled."""
+    scene = texture(600, 3).movedim(1, -1)
+    rows = []
+    for side, native in ((510, 512), (250, 512), (590, 512)):
+        hole = torch.zeros(1, 600, 600)
+        middle = slice(300 - side // 4, 300 + side // 4)
+        hole[:, middle, middle] = 1.0
+        crops, _, place = region.crop(scene, hole, region.RegionSettings(native=native, context_percent=50.0))
+        ours = region.stitch(place, crops)
+        box = place.plan.boxes[0]
+        part = scene[:, box.top : box.bottom, box.left : box.right].movedim(-1, 1)
+        there = F.interpolate(part, size=(native, native), mode="bicubic", antialias=True)
+        back = F.interpolate(there, size=part.shape[-2:], mode="bicubic", antialias=True)
+        rows.append(
+            {
+                "region": side,
+                "scale": [round(float(value), 3) for value in place.plan.scale],
+                "max_error": 255 * float((ours - scene).abs().max()),
+                "resampled_max_error": 255 * float((back - part).abs().max()),
+                "outside_max_error": 255 * float((ours - scene)[hole == 0].abs().max()),
+            }
+        )
+    return rows
+
+
+def growth() -> list[dict[str, Any]]:
+    """How far a disc's edge moves, along the axes and across, when it is grown: ours and a square dilation."""
+    line = torch.arange(401) - 200.0
+    disc = (line[:, None] ** 2 + line[None, :] ** 2 <= 60**2).float()[None, None]
+    rows = []
+    for pixels in (4, 16, 64):
+        square = F.max_pool2d(disc, 2 * pixels + 1, 1, pixels)
+        for name, grown in (("ours", morphology.grow(disc, pixels)), ("square", square)):
+            along = float(grown[0, 0, 200, 200:].sum()) - float(disc[0, 0, 200, 200:].sum())
+            diagonal = grown[0, 0].diagonal()[200:].sum() - disc[0, 0].diagonal()[200:].sum()
+            rows.append({"pixels": pixels, "method": name, "along": along, "diagonal": float(diagonal) * 2**0.5})
+    return rows
+
+
+def timed(work: Callable[[], Any], rounds: int) -> float:
+    """Median seconds, after one run that does not count."""
+    seconds = []
+    for number in range(rounds + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def speed(sizes: list[int], batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of each operation."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for size in sizes:
+        scene, made, hole = (
+            part.to(device) for part in (texture(size, 1, batch), texture(size, 2, batch), blob(size, batch))
+        )
+        image, mask = scene.movedim(1, -1).contiguous(), hole[:, 0]
+        settings = region.RegionSettings(native=512)
+        crops, _, place = region.crop(image, mask, settings)
+        work: dict[str, Callable[[], Any]] = {
+            "copy": scene.clone,
+            "grow 16": partial(morphology.grow, hole, 16),
+            "feather 16": partial(morphology.feather, hole, 16, "outside", "smooth"),
+            "crop": partial(region.crop, image, mask, settings),
+            "stitch": partial(region.stitch, place, crops),
+            "fill blurred": partial(fill.fill_hole, scene, hole, "blurred"),
+            "colour": partial(colour.match_colour, made, scene, hole),
+            "poisson": partial(poisson.poisson_blend, made, scene, hole),
+        }
+        rows += [
+            {"size": size, "batch": batch, "operation": name, "seconds": timed(function, rounds)}
+            for name, function in work.items()
+        ]
+    return rows
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print one table."""
+    print(f"\n{title}")
+    lines = [list(rows[0])] + [
+        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python dev.py bench region", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 2048], help="default: 512 2048")
+    parser.add_argument("--batch", type=int, default=1, help="default: 1")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(machine)
+    results = {"harmonise": quality(), "identity": identity(), "grow": growth()}
+    show(f"Tone shifts of a fill, {QUALITY_SIZE} px (levels of 255; seam 0 can't be seen)", results["harmonise"])
+    show("Crop and stitch without a change (levels of 255)", results["identity"])
+    show("Growing a disc (pixels that its edge moves)", results["grow"])
+    results["speed"] = speed(options.sizes, options.batch, options.rounds)
+    show("Seconds", results["speed"])
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, **results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
