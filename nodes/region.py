@@ -42,8 +42,8 @@ class TrueFillCropRegion(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="What the model was trained on: 512 for SD1.5, 768 for SD2 at 768, 1024 for SDXL, 256 for the demo "
-                    "model. The crop has about this number squared of pixels, in the region's own shape.",
+                    tooltip="What the model was trained on: 512 for SD1.5, 768 for SD2 at 768, 1024 for SDXL. The crop has "
+                    "about this number squared of pixels, in the region's own shape.",
                 ),
                 io.Float.Input(
                     "context_percent",
