@@ -12,7 +12,7 @@ One caption in ten is empty, for classifier-free guidance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ _CELLS = 16
 _COLOURS = tuple(COLOURS)
 _CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(PATTERNS) + 1, len(BACKGROUNDS))
 # The last block at latent / 2 that the way up does not enlarge.
-_FEATURES = 2
+_FEATURES, _WIDTH = 2, 128
 _LABEL_WEIGHT = 0.1
 
 
@@ -92,20 +92,22 @@ class CaptionedTask(Task):
         return {"dev_loss": float(np.mean(losses))}
 
 
-def cell_labels(indices: Sequence[int], split: str = "train") -> torch.Tensor:
+def cell_labels(indices: Iterable[int], split: str = "train") -> torch.Tensor:
     """Shape, colour, pattern and background of every cell of scenes: int64 [B, 4, 16, 16].
 
     One more than the last shape, colour and pattern stands for none.
     """
-    labels = np.empty((len(indices), len(_CLASSES), _CELLS, _CELLS), dtype=np.int64)
-    for row, index in zip(labels, indices, strict=True):
+    labels = []
+    for index in indices:
+        row = np.empty((len(_CLASSES), _CELLS, _CELLS), dtype=np.int64)
         layout = plan_scene(split, int(index))
         cells = object_cells(layout, _CELLS)
         none = [classes - 1 for classes in _CLASSES[:3]]
         named = [(SHAPES.index(o.shape), _COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in layout.objects]
         row[:3] = np.moveaxis(np.asarray([none, *named])[cells], -1, 0)
         row[3] = BACKGROUNDS.index(layout.background)
-    return torch.from_numpy(labels)
+        labels.append(row)
+    return torch.from_numpy(np.stack(labels))
 
 
 def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -130,12 +132,12 @@ class TextToImageTask(CaptionedTask):
     def __init__(self, latents: Latents, dev: Latents, vocabulary: Vocabulary, seed: int) -> None:
         super().__init__(latents, dev, vocabulary)
         self.unet, self.text = new_unet(4, seed), TextEncoder(vocabulary, seed + 1)
-        features = self.unet.output_blocks[_FEATURES]
+        layers = list(self.unet.output_blocks[_FEATURES].children())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
-            self._labels = nn.Conv2d(features[0].out_channels, sum(_CLASSES), 1)
+            self._labels = nn.Conv2d(_WIDTH, sum(_CLASSES), 1)
         # The host calls the layers of a block one by one.
-        features[-1].register_forward_hook(self._keep_features)
+        layers[-1].register_forward_hook(self._keep_features)
         self.networks = nn.ModuleDict({"unet": self.unet, "text": self.text, "labels": self._labels})
 
     def _keep_features(self, module: nn.Module, inputs: object, output: torch.Tensor) -> None:
