@@ -155,6 +155,12 @@ class TrueFillCropRegion(io.ComfyNode):
     ) -> io.NodeOutput:
         if bool(width) != bool(height):
             raise ValueError(f"The crop's size is {width} x {height}: give both width and height, or leave both at 0.")
+        if width % multiple or height % multiple:
+            raise ValueError(f"The crop's size is {width} x {height}, but both have to be a multiple of {multiple}.")
+        if native_size < multiple:
+            raise ValueError(
+                f"native_size is {native_size}, less than the multiple of {multiple} that both sides shall be."
+            )
         settings = RegionSettings(
             native=native_size,
             multiple=multiple,

@@ -186,6 +186,14 @@ def test_harmonize_takes_the_tone_shift_out(server: Client, mode: str) -> None:
 
 MISTAKES = {
     "half a size": ({"crop": crop(width=128)}, r"The crop's size is 128 x 0: give both"),
+    "a size that is no multiple": (
+        {"crop": crop(width=128, height=72, multiple=64)},
+        r"The crop's size is 128 x 72, but both have to be a multiple of 64\.",
+    ),
+    "a model smaller than a step": (
+        {"crop": crop(native_size=64, multiple=128)},
+        r"native_size is 64, less than the multiple of 128",
+    ),
     "pictures of two sizes": (
         {
             "small": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
