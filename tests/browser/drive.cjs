@@ -111,8 +111,10 @@ async function help(page, type) {
     let node = window.app.graph.nodes.find((node) => node.type === type)
     if (!node) {
       node = window.LiteGraph.createNode(type)
-      // Its title where the last graph has nothing and the open side panel does not reach, one in the place of the other.
-      node.pos = [430, 670]
+      // Its title where the last graph has nothing and the open side panel does not reach. Not where the last one was: two
+      // clicks in one place are a double click, which renames the node.
+      window.turn = 1 - (window.turn ?? 0)
+      node.pos = [430 + 150 * window.turn, 670]
       if (window.added) window.app.graph.remove(window.added)
       window.added = window.app.graph.add(node) && node
     }

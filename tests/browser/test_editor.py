@@ -125,7 +125,7 @@ def report(mode: str, chromium: str, comfyui: Server) -> dict[str, Any]:
         "help": HELP,
     }
     command = ["node", str(Path(__file__).with_name("drive.cjs")), json.dumps(job)]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=400)
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=900)
     assert done.returncode == 0, f"{done.stderr}\n--- ComfyUI's log ---\n{comfyui.tail()}"
     return json.loads(done.stdout)
 
