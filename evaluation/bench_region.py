@@ -35,6 +35,7 @@ metrics = pack_module("evaluation.metrics")
 morphology = pack_module("imaging.morphology")
 poisson = pack_module("imaging.poisson")
 region = pack_module("imaging.region")
+region_plan = pack_module("imaging.region_plan")
 
 QUALITY_SIZE = 512
 
@@ -84,7 +85,7 @@ def quality() -> list[dict[str, Any]]:
     for shift, amount in shifts(QUALITY_SIZE).items():
         made = (wanted + amount).clamp(0.0, 1.0)
         for mode in ("off", "colour", "poisson", "both"):
-            result = harmonising.harmonise(made, scene, hole, mode)
+            result = harmonising.harmonise(made, scene, hole, harmonising.Harmony(mode))
             rows.append(
                 {
                     "shift": shift,
@@ -105,7 +106,7 @@ def identity() -> list[dict[str, Any]]:
         hole = torch.zeros(1, 600, 600)
         middle = slice(300 - side // 4, 300 + side // 4)
         hole[:, middle, middle] = 1.0
-        crops, _, place = region.crop(scene, hole, region.RegionSettings(native=native, context_percent=50.0))
+        crops, _, place = region.crop(scene, hole, region_plan.RegionSettings(native_size=native, context_percent=50.0))
         ours = region.stitch(place, crops)
         box = place.plan.boxes[0]
         part = scene[:, box.top : box.bottom, box.left : box.right].movedim(-1, 1)
@@ -159,7 +160,7 @@ def speed(sizes: list[int], batch: int, rounds: int) -> list[dict[str, Any]]:
             part.to(device) for part in (texture(size, 1, batch), texture(size, 2, batch), blob(size, batch))
         )
         image, mask = scene.movedim(1, -1).contiguous(), hole[:, 0]
-        settings = region.RegionSettings(native=512)
+        settings = region_plan.RegionSettings(native_size=512)
         crops, _, place = region.crop(image, mask, settings)
         work: dict[str, Callable[[], Any]] = {
             "copy": scene.clone,

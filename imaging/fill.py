@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from .masks import as_mask_batch
+from .masks import as_mask_batch, resize_mask
 
 Fill = Literal["blurred", "edge", "mean", "noise", "grey"]
 GREY = 0.5
@@ -60,6 +60,12 @@ def fill_hole(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurre
             noise = torch.randn(pictures.shape, generator=generator).to(pictures)
             made = (mean + deviation * noise).clamp(0.0, 1.0)
     return torch.where(mask == 0, pictures, torch.lerp(pictures, made, mask))
+
+
+def fill_pictures(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurred", seed: int = 0) -> torch.Tensor:
+    """`fill_hole` for pictures as the host has them, [B, H, W, C]; a mask of another size is resized."""
+    filled = fill_hole(pictures.movedim(-1, 1), resize_mask(mask, pictures.shape[1:3]), method, seed)
+    return filled.movedim(1, -1).contiguous()
 
 
 def _statistics(pictures: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

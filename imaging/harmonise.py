@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from .colour import match_colour
-from .masks import as_mask_batch
+from .masks import as_mask_batch, resize_mask
 from .poisson import poisson_blend
 
 Mode = Literal["off", "colour", "poisson", "both"]
 ColourMode = Literal["mean", "covariance"]
 
 
+@dataclass(frozen=True)
+class Harmony:
+    """What is done about a change of tone at the edge of a hole.
+
+    mode: "colour" matches the new picture to the old one by the statistics of a `band` of so many pixels around the hole
+        (`match_colour`, which explains `colour`). "poisson" keeps the new picture's gradients and meets the old one at the
+        edge (`poisson_blend`, which explains `mixed`). "both" matches colours and then blends. "off" only blends.
+
+    Raises ValueError for an unknown mode.
+    """
+
+    mode: Mode = "both"
+    colour: ColourMode = "mean"
+    band: int = 32
+    mixed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"There is no way to harmonise '{self.mode}'; choose one of {', '.join(get_args(Mode))}.")
+
+
+FULL, ONLY_BLEND = Harmony(), Harmony("off")
+
+
 def harmonise(
-    source: torch.Tensor,
-    destination: torch.Tensor,
-    mask: torch.Tensor,
-    mode: Mode = "both",
-    colour: ColourMode = "mean",
-    band: int = 32,
-    mixed: bool = False,
+    source: torch.Tensor, destination: torch.Tensor, mask: torch.Tensor, harmony: Harmony = FULL
 ) -> torch.Tensor:
     """Puts the hole of `source` into `destination` without a change of tone at its edge.
 
@@ -30,20 +49,42 @@ def harmonise(
     blend the outcome with the destination, so that a feathered edge stays one. Where the mask is 0 the result is the
     destination, bit for bit.
 
-    mode: "colour" matches the source to the destination by the statistics of a `band` of so many pixels around the hole
-        (`match_colour`, which explains `colour`). "poisson" keeps the source's gradients and meets the destination at the
-        edge (`poisson_blend`, which explains `mixed`). "both" matches colours and then blends. "off" only blends.
-
-    Returns [B, C, H, W] in the destination's type. Raises ValueError for an unknown mode and as the two functions do.
+    Returns [B, C, H, W] in the destination's type. Raises ValueError and RuntimeError as `match_colour` and `poisson_blend`.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"There is no way to harmonise '{mode}'; choose one of {', '.join(get_args(Mode))}.")
     weight = as_mask_batch(mask).to(destination.device)
     hole = (weight > 0).float()
     fitted = source.to(destination)
-    if mode in ("colour", "both"):
-        fitted = match_colour(fitted, destination, hole, band, colour, everywhere=mode == "both")
-    if mode in ("poisson", "both"):
-        fitted = poisson_blend(fitted, destination, hole, mixed)
-    weight = weight.to(destination)
-    return torch.where(weight > 0, torch.lerp(destination.expand_as(fitted), fitted, weight), destination)
+    if harmony.mode in ("colour", "both"):
+        everywhere = harmony.mode == "both"
+        fitted = match_colour(fitted, destination, hole, harmony.band, harmony.colour, everywhere=everywhere)
+    if harmony.mode in ("poisson", "both"):
+        fitted = poisson_blend(fitted, destination, hole, harmony.mixed)
+    return _blended(fitted, destination, weight)
+
+
+def harmonise_pictures(
+    new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, harmony: Harmony = FULL
+) -> torch.Tensor:
+    """`harmonise` for pictures as the host has them: `new` and `old` [B, H, W, 3 or 4] of one size, mask [B, H, W].
+
+    The result has the old picture's channels. Alpha is blended where both have it; else the old one's stays.
+    """
+    if new.shape[1:3] != old.shape[1:3]:
+        raise ValueError(
+            f"The new picture is {new.shape[2]}x{new.shape[1]} pixels and the original {old.shape[2]}x{old.shape[1]}: they "
+            "have to be of one size."
+        )
+    mask = resize_mask(mask, old.shape[1:3])
+    source, destination = new.movedim(-1, 1), old.movedim(-1, 1)
+    parts = [harmonise(source[:, :3], destination[:, :3], mask, harmony)]
+    if destination.shape[1] > 3:
+        alpha = destination[:, 3:].expand(len(parts[0]), -1, -1, -1)
+        both_have_it = source.shape[1] > 3
+        parts.append(_blended(source[:, 3:].to(alpha), alpha, mask.to(alpha.device)) if both_have_it else alpha)
+    return torch.cat(parts, dim=1).movedim(1, -1).contiguous()
+
+
+def _blended(new: torch.Tensor, old: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`old` where the weight is 0, bit for bit, `new` where it is 1."""
+    weight = weight.to(old)
+    return torch.where(weight > 0, torch.lerp(old.expand_as(new), new, weight), old)

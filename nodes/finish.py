@@ -2,12 +2,10 @@
 
 from typing import get_args
 
-import torch
 from comfy_api.latest import io
 
-from ..imaging.harmonise import ColourMode, Mode, harmonise
-from ..imaging.masks import resize_mask
-from ..imaging.region import Region, originals, place, stitch
+from ..imaging.harmonise import ColourMode, Harmony, Mode, harmonise_pictures
+from ..imaging.region import Region, stitch
 from .region import RegionType
 
 
@@ -68,11 +66,7 @@ class TrueFillStitchRegion(io.ComfyNode):
     def execute(
         cls, image: io.Image.Type, region: Region, harmonise: Mode, colour: ColourMode, band: int, mixed_gradients: bool
     ) -> io.NodeOutput:
-        if harmonise == "off":
-            return io.NodeOutput(stitch(region, image))
-        new = place(region, image)
-        old, mask = originals(region, len(new))
-        return io.NodeOutput(_fitted(new, old, mask, harmonise, colour, band, mixed_gradients))
+        return io.NodeOutput(stitch(region, image, Harmony(harmonise, colour, band, mixed_gradients)))
 
 
 class TrueFillHarmonize(io.ComfyNode):
@@ -116,20 +110,5 @@ class TrueFillHarmonize(io.ComfyNode):
         band: int,
         mixed_gradients: bool,
     ) -> io.NodeOutput:
-        if image.shape[1:3] != original.shape[1:3]:
-            raise ValueError(
-                f"The image is {image.shape[2]}x{image.shape[1]} pixels and the original {original.shape[2]}x"
-                f"{original.shape[1]}: they have to be of one size; use Crop Region and Stitch Region where they aren't."
-            )
-        mask = resize_mask(mask, original.shape[1:3])[:, 0]
-        return io.NodeOutput(_fitted(image, original, mask, harmonise, colour, band, mixed_gradients))
-
-
-def _fitted(
-    new: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, mode: Mode, colour: ColourMode, band: int, mixed: bool
-) -> torch.Tensor:
-    """`harmonise` on the host's pictures [B, H, W, C]; an alpha channel stays the original's."""
-    source, destination = (picture[..., :3].movedim(-1, 1) for picture in (new, old))
-    made = harmonise(source, destination, mask, mode, colour, band, mixed).movedim(1, -1)
-    alpha = old[..., 3:].expand(len(made), -1, -1, -1)
-    return torch.cat((made, alpha), dim=-1) if old.shape[-1] > 3 else made.contiguous()
+        harmony = Harmony(harmonise, colour, band, mixed_gradients)
+        return io.NodeOutput(harmonise_pictures(image, original, mask, harmony))

@@ -4,10 +4,9 @@ from typing import get_args
 
 from comfy_api.latest import io
 
-from ..imaging import morphology
-from ..imaging.fill import Fill, fill_hole
-from ..imaging.masks import resize_mask
-from ..imaging.region import RegionSettings, crop
+from ..imaging.fill import Fill, fill_pictures
+from ..imaging.region import crop
+from ..imaging.region_plan import RegionSettings
 
 RegionType = io.Custom("REGION")
 """What Crop Region remembers for Stitch Region: an `imaging.region.Region`."""
@@ -157,12 +156,8 @@ class TrueFillCropRegion(io.ComfyNode):
             raise ValueError(f"The crop's size is {width} x {height}: give both width and height, or leave both at 0.")
         if width % multiple or height % multiple:
             raise ValueError(f"The crop's size is {width} x {height}, but both have to be a multiple of {multiple}.")
-        if native_size < multiple:
-            raise ValueError(
-                f"native_size is {native_size}, less than the multiple of {multiple} that both sides shall be."
-            )
         settings = RegionSettings(
-            native=native_size,
+            native_size=native_size,
             multiple=multiple,
             context_percent=context_percent,
             context_pixels=context_pixels,
@@ -171,15 +166,7 @@ class TrueFillCropRegion(io.ComfyNode):
             max_upscale=max_upscale,
             forced_size=(height, width) if width else None,
         )
-        crops, masks, region = crop(image, _feathered(mask, image, feather), settings, context_mask)
-        return io.NodeOutput(crops, (masks > 0).float() if feather else masks, region)
-
-
-def _feathered(mask: io.Mask.Type, image: io.Image.Type, pixels: float) -> io.Mask.Type:
-    """The mask with a soft edge of so many pixels of the picture."""
-    if not pixels:
-        return mask
-    return morphology.feather(resize_mask(mask, image.shape[1:3]), pixels, "outside", "smooth")[:, 0]
+        return io.NodeOutput(*crop(image, mask, settings, context_mask, feather))
 
 
 class TrueFillFillHole(io.ComfyNode):
@@ -218,5 +205,4 @@ class TrueFillFillHole(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: io.Image.Type, mask: io.Mask.Type, method: Fill, seed: int) -> io.NodeOutput:
-        filled = fill_hole(image.movedim(-1, 1), resize_mask(mask, image.shape[1:3]), method, seed)
-        return io.NodeOutput(filled.movedim(1, -1).contiguous())
+        return io.NodeOutput(fill_pictures(image, mask, method, seed))

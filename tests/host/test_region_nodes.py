@@ -192,7 +192,7 @@ MISTAKES = {
     ),
     "a model smaller than a step": (
         {"crop": crop(native_size=64, multiple=128)},
-        r"native_size is 64, less than the multiple of 128",
+        r"native_size is 64, but must be at least the multiple, 128",
     ),
     "pictures of two sizes": (
         {
@@ -208,7 +208,7 @@ MISTAKES = {
                 mixed_gradients=False,
             ),
         },
-        r"64x64 pixels and the original 200x152: they have to be of one size",
+        r"The new picture is 64x64 pixels and the original 200x152: they have to be of one size",
     ),
     "two results for three crops": (
         {

@@ -1,269 +1,22 @@
-"""Regions around holes: the geometry up to 8K without any picture, cropping, and stitching back. No host needed."""
+"""Cropping regions around holes and stitching them back. No host needed."""
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from truefill_testing.host import pack_module
+from truefill_testing.regions import one_sentence, sliced
 
 region = pack_module("imaging.region")
-Box, Settings = region.Box, region.RegionSettings
-
-# The cut is exactly the hole's box, extended to whole multiples: nothing is resampled as long as native isn't exceeded.
-SLICE: dict[str, Any] = {
-    "native": 4096,
-    "context_percent": 0,
-    "context_pixels": 0,
-    "min_side": 1,
-    "max_aspect": 100,
-    "max_upscale": 1,
-}
-
-
-def sliced(**changes: Any) -> Any:
-    return Settings(**{**SLICE, **changes})
-
-
-@st.composite
-def rules(draw: st.DrawFn) -> Any:
-    return Settings(
-        native=draw(st.sampled_from([512, 768, 1024])),
-        multiple=draw(st.sampled_from([8, 64])),
-        context_percent=draw(st.sampled_from([0, 7, 12.5, 50, 300])),
-        context_pixels=draw(st.integers(0, 100)),
-        min_side=draw(st.sampled_from([1, 31, 128, 1024])),
-        max_aspect=draw(st.sampled_from([1, 1.2, 2, 3.5, 50])),
-        max_upscale=draw(st.sampled_from([1, 1.005, 1.3, 2, 8])),
-    )
-
-
-@st.composite
-def layouts(draw: st.DrawFn) -> tuple[list[Any], tuple[int, int]]:
-    """The boxes of a batch, None among them, and the size of its pictures."""
-    height, width = draw(st.tuples(*[st.one_of(st.integers(1, 40), st.integers(1, 8192))] * 2))
-
-    def span(limit: int) -> tuple[int, int]:
-        start = draw(st.integers(0, limit - 1))
-        return start, draw(st.integers(start + 1, limit))
-
-    boxes = []
-    for _ in range(draw(st.integers(1, 3))):
-        (top, bottom), (left, right) = span(height), span(width)
-        boxes.append(draw(st.sampled_from([Box(top, left, bottom, right)] * 3 + [None])))
-    return boxes, (height, width)
-
-
-def context_of(box: Any, size: tuple[int, int], rule: Any) -> Any:
-    """The definition, written once more: the larger of percent and pixels, on each side, as far as the picture goes."""
-    down = max(rule.context_pixels, math.ceil(Fraction(rule.context_percent) * (box.bottom - box.top) / 100))
-    across = max(rule.context_pixels, math.ceil(Fraction(rule.context_percent) * (box.right - box.left) / 100))
-    return Box(
-        max(0, box.top - down),
-        max(0, box.left - across),
-        min(size[0], box.bottom + down),
-        min(size[1], box.right + across),
-    )
-
-
-@settings(max_examples=400, deadline=None)
-@given(layouts(), rules())
-def test_every_box_holds_its_context_and_stays_in_the_picture_if_it_can(layout: Any, rule: Any) -> None:
-    holes, size = layout
-    plan = region.plan(holes, size, rule)
-    assert len(plan.boxes) == len(holes)
-    assert {(box.height, box.width) for box in plan.boxes} == {plan.box_size}
-    assert plan.box_size[0] >= min(rule.min_side, size[0]) and plan.box_size[1] >= min(rule.min_side, size[1])
-    for hole, box in zip(holes, plan.boxes, strict=True):
-        context = context_of(hole, size, rule) if hole else None
-        for axis, limit in enumerate(size):
-            start, stop = box[axis], box[axis + 2]
-            if stop - start > limit:
-                # It reaches out on both sides alike.
-                assert start <= 0 and stop >= limit and abs(-start - (stop - limit)) <= 1
-            else:
-                assert 0 <= start and stop <= limit
-            if context:
-                assert start <= context[axis] and stop >= context[axis + 2]
-            # Centred on the context, or on the picture without one, where no border is in the way.
-            if 0 < start and stop < limit:
-                middle = context[axis] + context[axis + 2] if context else limit
-                assert abs(start + stop - middle) <= 1
-
-
-@settings(max_examples=400, deadline=None)
-@given(layouts(), rules())
-def test_the_crop_is_of_whole_multiples_within_the_aspect_and_never_enlarged_further_than_asked(
-    layout: Any, rule: Any
-) -> None:
-    plan = region.plan(*layout, rule)
-    for new, old, scale in zip(plan.size, plan.box_size, plan.scale, strict=True):
-        assert new >= rule.multiple and new % rule.multiple == 0
-        assert scale == new / old
-        # Not in floating point: 1.3 as it was typed.
-        assert new <= Fraction(str(rule.max_upscale)) * old
-    cap = Fraction(str(rule.max_aspect))
-    assert max(plan.size) <= cap * min(plan.size)
-    # The box in the picture is rounded up to whole pixels.
-    assert max(plan.box_size) < cap * min(plan.box_size) + 1
-    # One scale for both sides, but for that rounding.
-    (vertical, horizontal), (tall, wide) = plan.scale, plan.box_size
-    assert abs(vertical / horizontal - 1) <= 1 / (min(tall, wide) - 1 or 0.5)
-
-
-@settings(max_examples=400, deadline=None)
-@given(layouts(), rules())
-def test_the_native_area_is_met_unless_the_upscaling_is_limited(layout: Any, rule: Any) -> None:
-    plan = region.plan(*layout, rule)
-    # What a side may be off: half a multiple by rounding, one by the aspect cap, or up to one by avoiding to resample.
-    slack = (1 + 1.5 * rule.multiple / plan.size[0]) * (1 + 1.5 * rule.multiple / plan.size[1]) * 1.02
-    area = plan.size[0] * plan.size[1]
-    # A side can't be shorter than the multiple, however thin the region is.
-    assert area <= slack * rule.native**2 or min(plan.size) == rule.multiple
-    allowed = math.prod((side - 1) * rule.max_upscale for side in plan.box_size)
-    assert area * slack >= min(rule.native**2, allowed)
-
-
-@pytest.mark.parametrize("native", [512, 768, 1024])
-@pytest.mark.parametrize("aspect", [1, 1.5, 2])
-@pytest.mark.parametrize("side", [100, 333, 700, 1500, 4000])
-def test_the_native_area_is_met_within_a_few_percent(native: int, aspect: float, side: int) -> None:
-    hole = Box(9000, 9000, 9000 + side, 9000 + round(side * aspect))
-    plan = region.plan([hole], (32000, 32000), Settings(native=native, max_upscale=100))
-    assert plan.size[0] * plan.size[1] == pytest.approx(native**2, rel=0.06)
-    assert plan.size[1] / plan.size[0] == pytest.approx(aspect, rel=0.05)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.integers(40, 1100), st.integers(40, 1100), st.sampled_from([512, 1024]), st.sampled_from([1, 1.005, 1.5, 4]))
-@example(1023, 1023, 1024, 4)
-@example(1030, 1030, 1024, 4)
-@example(515, 515, 512, 4)
-@example(507, 507, 512, 4)
-def test_less_than_one_percent_is_never_resampled(height: int, width: int, native: int, limit: float) -> None:
-    plan = region.plan([Box(0, 0, height, width)], (height, width), sliced(native=native, max_upscale=limit))
-    wanted = min(native / math.sqrt(height * width), limit)
-    if 0.99 <= wanted <= 1.01:
-        assert plan.size == plan.box_size
-    if plan.size != plan.box_size:
-        assert not all(0.99 <= scale <= 1.01 for scale in plan.scale)
-
-
-@pytest.mark.parametrize(
-    ("side", "multiple", "limit", "box", "size"),
-    [
-        (1023, 64, 4, 1024, 1024),  # one pixel more instead of resampling
-        (1020, 64, 4, 1024, 1024),
-        (1030, 8, 4, 1032, 1032),
-        (1030, 64, 4, 1030, 1024),  # 58 pixels more would not be a few
-        (1000, 8, 4, 1000, 1024),
-        (2048, 8, 4, 2048, 1024),
-        (256, 8, 4, 256, 1024),
-        (100, 8, 4, 100, 400),
-        (100, 64, 4, 112, 448),
-        (100, 64, 1, 128, 128),
-        (100, 8, 1, 104, 104),
-    ],
-)
-def test_sizes_that_can_be_checked_by_hand(side: int, multiple: int, limit: float, box: int, size: int) -> None:
-    hole = Box(3000, 3000, 3000 + side, 3000 + side)
-    plan = region.plan([hole], (8192, 8192), sliced(native=1024, multiple=multiple, max_upscale=limit))
-    assert plan.box_size == (box, box) and plan.size == (size, size)
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, (40, 48, 60, 72)),  # 24 x 20
-        ({"context_pixels": 4}, (36, 44, 64, 76)),
-        ({"context_percent": 50}, (30, 36, 70, 84)),
-        ({"context_percent": 50, "context_pixels": 11}, (29, 36, 71, 84)),  # the larger of both, side by side
-        ({"context_percent": 1}, (39, 47, 61, 73)),
-        ({"min_side": 40}, (30, 40, 70, 80)),
-        ({"max_aspect": 1}, (38, 48, 62, 72)),
-        ({"max_aspect": 1.2}, (40, 48, 60, 72)),  # 1.2 as a fraction: 24 x 20 has just that aspect
-        ({"min_side": 1000}, (0, 0, 100, 200)),  # no more than there is
-        ({"context_pixels": 45}, (0, 3, 100, 117)),  # only what is there above and below
-    ],
-)
-def test_the_region_before_it_is_rounded_to_the_target(change: Any, expected: tuple[int, int, int, int]) -> None:
-    # Enlarged eightfold, every region is of whole multiples as it is.
-    rule = sliced(**{"max_upscale": 8, "max_aspect": 50, **change})
-    plan = region.plan([Box(40, 48, 60, 72)], (100, 200), rule)
-    assert plan.boxes == (Box(*expected),)
-    assert plan.scale == (8, 8)
-
-
-@pytest.mark.parametrize(
-    ("hole", "expected"),
-    [
-        (Box(0, 0, 1, 1), Box(0, 0, 16, 16)),
-        (Box(49, 59, 50, 60), Box(34, 44, 50, 60)),
-        (Box(0, 30, 2, 32), Box(0, 23, 16, 39)),
-        (Box(20, 58, 22, 60), Box(13, 44, 29, 60)),
-    ],
-)
-def test_at_the_border_the_region_is_shifted_into_the_picture(hole: Any, expected: Any) -> None:
-    plan = region.plan([hole], (50, 60), sliced(min_side=16))
-    assert plan.boxes == (expected,) and plan.padding == (0, 0, 0, 0)
-
-
-def test_only_a_region_larger_than_the_picture_reaches_out_of_it() -> None:
-    plan = region.plan([Box(0, 0, 50, 61)], (50, 61), sliced())
-    assert plan.boxes == (Box(-3, -2, 53, 62),)
-    assert plan.padding == (3, 3, 2, 1)
-
-
-def test_the_largest_hole_sets_the_size_and_no_hole_gives_the_centre() -> None:
-    holes = [Box(0, 0, 40, 8), None, Box(90, 60, 96, 84)]
-    plan = region.plan(holes, (100, 100), sliced())
-    assert plan.boxes == (Box(0, 0, 40, 24), Box(30, 38, 70, 62), Box(60, 60, 100, 84))
-    assert region.plan([None, None], (96, 64), sliced(min_side=16)).boxes == (Box(0, 0, 96, 64),) * 2
-
-
-def test_the_sides_are_rounded_to_the_nearest_multiple_at_the_native_area() -> None:
-    # 1000 x 1100 at the area of 1024 squared: 976.3 x 1074.0.
-    plan = region.plan([Box(0, 0, 1000, 1100)], (8192, 8192), sliced(native=1024))
-    assert plan.size == (976, 1072)
-
-
-@pytest.mark.parametrize(
-    ("hole", "limit", "box", "size"),
-    [
-        ((60, 60), 8, (64, 128), (512, 1024)),  # extended to the aspect
-        ((60, 60), 2, (256, 512), (512, 1024)),  # and further, not to be enlarged more than twice
-        ((4000, 1000), 8, (4000, 8000), (512, 1024)),
-        ((510, 1020), 8, (512, 1024), (512, 1024)),
-    ],
-)
-def test_a_forced_size_is_met_without_distortion(
-    hole: tuple[int, int], limit: float, box: tuple[int, int], size: tuple[int, int]
-) -> None:
-    where = Box(2000, 3000, 2000 + hole[0], 3000 + hole[1])
-    plan = region.plan([where], (8192, 16384), sliced(forced_size=size, max_upscale=limit, min_side=64))
-    assert plan.box_size == box and plan.size == size
-
-
-@settings(max_examples=150, deadline=None)
-@given(layouts(), rules(), st.sampled_from([(512, 512), (64, 1024), (768, 512)]))
-def test_a_forced_size_keeps_every_other_promise(layout: Any, rule: Any, size: tuple[int, int]) -> None:
-    holes, picture = layout
-    rule = Settings(**{**vars(rule), "forced_size": size})
-    plan = region.plan(holes, picture, rule)
-    assert plan.size == size
-    for hole, box in zip(holes, plan.boxes, strict=True):
-        if hole:
-            context = context_of(hole, picture, rule)
-            assert all(a <= b for a, b in zip(box[:2], context[:2], strict=True))
-            assert all(a >= b for a, b in zip(box[2:], context[2:], strict=True))
-    assert all(new <= Fraction(str(rule.max_upscale)) * old for new, old in zip(size, plan.box_size, strict=True))
+plans = pack_module("imaging.region_plan")
+Box, Settings = plans.Box, plans.RegionSettings
 
 
 def random_pictures(count: int, height: int, width: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
@@ -307,7 +60,7 @@ def jobs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
 
 tensor_rules = st.builds(
     Settings,
-    native=st.sampled_from([16, 24, 4096]),
+    native_size=st.sampled_from([16, 24, 4096]),
     context_percent=st.sampled_from([0, 50]),
     context_pixels=st.integers(0, 5),
     min_side=st.sampled_from([1, 9]),
@@ -444,7 +197,7 @@ def test_a_mask_of_another_size_is_stretched_and_keeps_its_hole(size: tuple[int,
 @pytest.mark.parametrize("native", [24, 96])
 def test_a_resampled_mask_overshoots_nowhere(native: int) -> None:
     grey = mask_of((48, 48), (16, 16, 32, 32)) / 2
-    rule = sliced(native=native, context_pixels=16, max_upscale=2)
+    rule = sliced(native_size=native, context_pixels=16, max_upscale=2)
     crop_masks = region.crop(random_pictures(1, 48, 48), grey, rule)[1]
     assert crop_masks.shape == (1, native, native)
     assert crop_masks.max() == pytest.approx(0.5, abs=1e-6)
@@ -453,7 +206,7 @@ def test_a_resampled_mask_overshoots_nowhere(native: int) -> None:
 def test_a_full_mask_stays_full_however_it_is_resampled() -> None:
     for native in (16, 24, 40, 104):
         _, crop_masks, made = region.crop(
-            random_pictures(1, 50, 50), torch.ones(1, 50, 50), sliced(native=native, max_upscale=9)
+            random_pictures(1, 50, 50), torch.ones(1, 50, 50), sliced(native_size=native, max_upscale=9)
         )
         assert made.plan.size == (native, native)
         assert (crop_masks == 1.0).all()
@@ -560,7 +313,9 @@ def test_the_region_cannot_be_changed() -> None:
 
 def test_half_precision_is_kept() -> None:
     pictures = random_pictures(1, 20, 20).half()
-    crops, crop_masks, made = region.crop(pictures, mask_of((20, 20), (4, 4, 12, 12)), sliced(native=16, max_upscale=2))
+    crops, crop_masks, made = region.crop(
+        pictures, mask_of((20, 20), (4, 4, 12, 12)), sliced(native_size=16, max_upscale=2)
+    )
     assert made.plan.scale == (2, 2)
     assert crops.dtype == torch.float16 and crop_masks.dtype == torch.float32
     result = region.stitch(made, torch.zeros(1, 16, 16, 3))
@@ -579,7 +334,7 @@ def ramps(size: int) -> torch.Tensor:
 def test_resampling_moves_nothing(native: int) -> None:
     size = 80
     mask = mask_of((size, size), (8, 16, 56, 64))
-    crops, _, made = region.crop(ramps(size), mask, sliced(native=native, max_upscale=4))
+    crops, _, made = region.crop(ramps(size), mask, sliced(native_size=native, max_upscale=4))
     assert made.plan.boxes == (Box(8, 16, 56, 64),) and made.plan.size == (native, native)
     step = 48 / native
     centres = (torch.arange(native) + 0.5) * step
@@ -599,7 +354,7 @@ def test_a_centred_dot_stays_centred(native: int) -> None:
     size = 51
     pictures = torch.zeros(1, size, size, 3)
     pictures[:, 24:27, 24:27] = 0.5
-    crops, _, made = region.crop(pictures, torch.ones(1, size, size), sliced(native=native, max_upscale=4))
+    crops, _, made = region.crop(pictures, torch.ones(1, size, size), sliced(native_size=native, max_upscale=4))
     assert made.plan.boxes == (Box(0, 0, size, size),) and made.plan.size == (native, native)
     back = region.stitch(made, crops)
     for picture in (crops[0, ..., 0], back[0, ..., 0]):
@@ -622,16 +377,11 @@ def test_a_result_of_another_size_comes_back_to_the_same_place() -> None:
 
 def test_reducing_averages_and_enlarging_stays_in_range() -> None:
     checkered = ((torch.arange(64)[:, None] + torch.arange(64)) % 2).float()[None, ..., None].expand(1, 64, 64, 3)
-    crops, _, _ = region.crop(checkered, torch.ones(1, 64, 64), sliced(native=16))
+    crops, _, _ = region.crop(checkered, torch.ones(1, 64, 64), sliced(native_size=16))
     # Without anti-aliasing every crop pixel would be black or white.
     assert (crops[0, 2:-2, 2:-2] - 0.5).abs().max() < 0.02
-    enlarged, _, _ = region.crop(checkered, torch.ones(1, 64, 64), sliced(native=128, max_upscale=2))
+    enlarged, _, _ = region.crop(checkered, torch.ones(1, 64, 64), sliced(native_size=128, max_upscale=2))
     assert enlarged.min() >= 0.0 and enlarged.max() <= 1.0
-
-
-def one_sentence(refused: Any) -> bool:
-    text = str(refused.value)
-    return "\n" not in text and text.endswith(".")
 
 
 NAN = torch.full((1, 8, 8, 3), float("nan"))
@@ -677,44 +427,4 @@ def test_what_cannot_be_stitched_is_refused_in_one_sentence(new: torch.Tensor, m
     made = region.crop(random_pictures(2, 8, 8), torch.ones(1, 8, 8), sliced())[2]
     with pytest.raises(ValueError, match=message) as refused:
         region.stitch(made, new)
-    assert one_sentence(refused)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "need"),
-    [
-        ("multiple", 0, "positive multiple of 8"),
-        ("multiple", 12, "positive multiple of 8"),
-        ("native", 7, "at least the multiple, 8"),
-        ("context_percent", -1, "0 or more"),
-        ("context_percent", float("nan"), "0 or more"),
-        ("context_pixels", -1, "0 or more"),
-        ("min_side", 0, "1 or more"),
-        ("max_aspect", 0.5, "1 or more"),
-        ("max_aspect", float("inf"), "finite"),
-        ("max_upscale", 0.9, "1 or more"),
-        ("forced_size", (512, 513), "multiples of 8"),
-        ("forced_size", (0, 512), "multiples of 8"),
-        ("forced_size", (512,), "multiples of 8"),
-    ],
-)
-def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any, need: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{name} is .*{need}") as refused:
-        Settings(**{name: value})
-    assert one_sentence(refused)
-
-
-@pytest.mark.parametrize(
-    ("boxes", "size"),
-    [
-        ([], (8, 8)),
-        ([None], (0, 8)),
-        ([Box(0, 0, 9, 8)], (8, 8)),
-        ([Box(-1, 0, 4, 8)], (8, 8)),
-        ([Box(4, 4, 4, 8)], (8, 8)),
-    ],
-)
-def test_boxes_that_fit_no_picture_are_refused(boxes: Any, size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"pixel") as refused:
-        region.plan(boxes, size, Settings())
     assert one_sentence(refused)
