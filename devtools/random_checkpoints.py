@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-FAMILIES = ("sd15", "sd2", "sdxl")
+FAMILIES = ("sd15", "sd2", "sdxl", "x4")
 VOCABULARY, TOKENS = 49408, 77
 
 Fill = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
@@ -86,6 +86,21 @@ def _unet_config(family: str, in_channels: int) -> dict[str, Any]:
             "num_head_channels": 64,
             "use_linear_in_transformer": True,
         }
+    if family == "x4":
+        return config | {
+            "model_channels": 256,
+            "channel_mult": [1, 1, 1, 1],
+            "num_res_blocks": [1, 1, 1, 1],
+            "transformer_depth": [0, 1, 1, 1],
+            "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1],
+            "transformer_depth_middle": 1,
+            "context_dim": 1024,
+            "num_heads": 8,
+            "use_linear_in_transformer": True,
+            "num_classes": 1000,
+            # Text in the place of self-attention, but at the lowest level.
+            "disable_self_attentions": [True, True, True, False],
+        }
     # The host tells SDXL by its depths on the way down; those of the middle and the way up are free.
     return config | {
         "channel_mult": [1, 1, 1],
@@ -106,7 +121,9 @@ def _unet_entries(family: str, inpainting: bool) -> Iterator[Entry]:
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     unet = UNetModel(
-        **_unet_config(family, 9 if inpainting else 4), device="meta", operations=comfy.ops.disable_weight_init
+        **_unet_config(family, 7 if family == "x4" else 9 if inpainting else 4),
+        device="meta",
+        operations=comfy.ops.disable_weight_init,
     )
     for name, tensor in unet.state_dict().items():
         shape = tuple(tensor.shape)
@@ -145,6 +162,30 @@ def _vae_entries() -> Iterator[Entry]:
             fill = _constant(0.5)
         else:
             fill = None
+        yield Entry(f"first_stage_model.{name}", shape, fill)
+
+
+def _x4_vae_entries() -> Iterator[Entry]:
+    """The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels, in its real size."""
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    config = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    with torch.device("meta"):
+        vae = AutoencoderKL(ddconfig=config, embed_dim=4)
+    for name, tensor in vae.state_dict().items():
+        shape = tuple(tensor.shape)
+        fill = _default_init(shape) if len(shape) > 1 else _ones if name.endswith("weight") else None
         yield Entry(f"first_stage_model.{name}", shape, fill)
 
 
@@ -197,7 +238,7 @@ def _open_clip_entries(prefix: str, width: int, layers: int) -> Iterator[Entry]:
 def _text_entries(family: str) -> Iterator[Entry]:
     if family == "sd15":
         yield from _clip_l_entries("cond_stage_model.transformer.text_model.")
-    elif family == "sd2":
+    elif family in ("sd2", "x4"):
         yield from _open_clip_entries("cond_stage_model.model.", 1024, 24)
     else:
         yield from _clip_l_entries("conditioner.embedders.0.transformer.text_model.")
@@ -225,7 +266,7 @@ def _write(path: Path, entries: list[Entry], seed: int) -> None:
 
 
 def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int = 0) -> Path:
-    """Write a random checkpoint of one family ("sd15", "sd2", "sdxl") and return its path.
+    """Write a random checkpoint of one family ("sd15", "sd2", "sdxl", or "x4" for the upscaler) and return its path.
 
     The file appears complete or not at all. Raises ValueError for an unknown family.
     """
@@ -233,7 +274,8 @@ def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int 
         raise ValueError(f"There is no checkpoint family {family!r}; choose one of {', '.join(FAMILIES)}.")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    entries = [*_unet_entries(family, inpainting), *_text_entries(family), *_vae_entries()]
+    vae = _x4_vae_entries() if family == "x4" else _vae_entries()
+    entries = [*_unet_entries(family, inpainting), *_text_entries(family), *vae]
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         _write(partial, entries, seed)

@@ -36,6 +36,7 @@ PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
 METHODS = tuple(PAPER)
 MODELS = ("9-channel", "4-channel")
 GRID_TRIPLETS = 8
+LOG_LINES = 15
 WEIGHTS = ROOT / "weights" / "demo"
 
 
@@ -144,8 +145,9 @@ def outcomes(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
                 if line.startswith("{"):
                     yield json.loads(line)
             for process, _, errors in started:
-                if process.poll():
-                    raise RuntimeError(f"A worker failed:\n{errors.read_text()[-2000:]}")
+                if code := process.poll():
+                    tail = "\n".join(errors.read_text().splitlines()[-LOG_LINES:]) or "(nothing)"
+                    raise RuntimeError(f"A worker failed with exit status {code}; the end of what it said:\n{tail}")
             if not waiting and all(not reader.is_alive() for _, reader, _ in started) and not lines:
                 return
     finally:
@@ -295,7 +297,11 @@ def main() -> int:
     print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = progress(outcomes(workers, folder), len(rows) * len(numbers(options)))
+        try:
+            found = progress(outcomes(workers, folder), len(rows) * len(numbers(options)))
+        except RuntimeError as error:
+            print(f"bench accuracy: {error}", file=sys.stderr)
+            return 1
         if options.grid:
             write_grid(options, rows, folder)
     by_row = [sorted((o for o in found if o["row"] == number), key=lambda o: o["index"]) for number in range(len(rows))]

@@ -181,7 +181,8 @@ def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Scene) -> 
         scores = torch.stack(maps).mean(dim=0)[..., tokens.to(device)].float()
         score = attention_score(scores, hole_cells(scene.hole, grid).flatten(1).to(device))
         (gradient,) = torch.autograd.grad(score, latent)
-        latent + 0.1 * (uncond + 7.5 * (cond - uncond)).detach() + 0.01 * gradient / gradient.std()
+        # The result is of no use; that it is computed is what counts.
+        _ = latent + 0.1 * (uncond + 7.5 * (cond - uncond)).detach() + 0.01 * gradient / gradient.std()
     finally:
         unet.requires_grad_(False)
         for handle in handles:

@@ -4,6 +4,8 @@ Errors are in levels of 255, distances in pixels. The baselines are what a graph
 square dilation for growing (MaskEditor-style "expand"), and a crop that is always resampled. Pictures are synthetic: noise of
 several scales, and fills whose tone is shifted by a constant, along a ramp, or with a texture of its own.
 
+Memory is the host's own estimate for Stable Diffusion's x4 upscaler, in its real shapes.
+
     python dev.py bench region [--sizes 512 2048] [--batch 1] [--json FILE]
 """
 
@@ -26,7 +28,14 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from truefill_testing.host import pack_module  # noqa: E402
+from truefill_testing.host import ensure_host, pack_module  # noqa: E402
+
+ensure_host()
+
+import comfy.ldm.models.autoencoder  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.supported_models  # noqa: E402
 
 colour = pack_module("imaging.colour")
 fill = pack_module("imaging.fill")
@@ -38,6 +47,36 @@ region = pack_module("imaging.region")
 region_plan = pack_module("imaging.region_plan")
 
 QUALITY_SIZE = 512
+# What the host's loader finds in x4-upscaler-ema.safetensors.
+X4_UNET = {
+    "image_size": 32,
+    "in_channels": 7,
+    "out_channels": 4,
+    "model_channels": 256,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "context_dim": 1024,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": (1, 2, 2, 4),
+    "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": True,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+}
+X4_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
 
 
 def texture(size: int, seed: int, batch: int = 1) -> torch.Tensor:
@@ -179,6 +218,26 @@ def speed(sizes: list[int], batch: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dict[str, Any]]:
+    """GiB that the x4 upscaler takes in half precision, weights included, by the side of a tile in pixels.
+
+    By the host's formulas; the one for decoding counts 64 pixels for each cell of a latent, of which this VAE has 16.
+    """
+    upscale = pack_module("model_patches.upscale")
+    config = comfy.supported_models.SD_X4Upscaler(dict(X4_UNET))
+    config.set_inference_dtype(torch.float16, None)
+    cpu = torch.device("cpu")
+    unet = comfy.model_patcher.ModelPatcher(config.get_model({}, device=torch.device("meta")), cpu, cpu)
+    network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=X4_VAE, embed_dim=4)
+    vae = comfy.sd.VAE(sd=network.state_dict(), dtype=torch.float16)
+    engine = upscale.X4(upscale.Diffusion(unet, None, None, vae), upscale.Sampling())
+    rows = []
+    for side in tiles:
+        sampling, decoding = engine.memory(side // engine.factor, side // engine.factor)
+        rows.append({"tile": side, "sampling": sampling / 2**30, "decoding": decoding / 2**30})
+    return rows
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print one table."""
     print(f"\n{title}")
@@ -205,6 +264,11 @@ def main() -> None:
     show(f"Tone shifts of a fill, {QUALITY_SIZE} px (levels of 255; seam 0 can't be seen)", results["harmonise"])
     show("Crop and stitch without a change (levels of 255)", results["identity"])
     show("Growing a disc (pixels that its edge moves)", results["grow"])
+    results["memory"] = upscaler_memory()
+    show(
+        "Upscale Inpainted with the x4 upscaler (GiB, the host's estimate on this machine, half precision)",
+        results["memory"],
+    )
     results["speed"] = speed(options.sizes, options.batch, options.rounds)
     show("Seconds", results["speed"])
     if options.json:

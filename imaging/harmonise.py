@@ -36,7 +36,7 @@ class Harmony:
             raise ValueError(f"There is no way to harmonise '{self.mode}'; choose one of {', '.join(get_args(Mode))}.")
 
 
-FULL, ONLY_BLEND = Harmony(), Harmony("off")
+FULL, POISSON, ONLY_BLEND = Harmony(), Harmony("poisson"), Harmony("off")
 
 
 def harmonise(

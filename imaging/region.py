@@ -67,8 +67,8 @@ def crop(
     chosen = plan(found * (count // len(found)), (height, width), settings)
     crops, crop_masks = [], []
     for index, box in enumerate(chosen.boxes):
-        rows = _mirrored(box.top, box.bottom, height, pictures.device)
-        columns = _mirrored(box.left, box.right, width, pictures.device)
+        rows = mirrored(box.top, box.bottom, height, pictures.device)
+        columns = mirrored(box.left, box.right, width, pictures.device)
         part = pictures[index % len(pictures)].index_select(0, rows).index_select(1, columns)
         part_mask = hole[index % len(hole)].index_select(0, rows).index_select(1, columns)
         crops.append(_resize(part, chosen.size, "bicubic"))
@@ -118,6 +118,15 @@ def stitch(region: Region, pictures: torch.Tensor, harmony: Harmony = ONLY_BLEND
     return harmonise_pictures(new, old, mask, harmony)
 
 
+def mirrored(start: int, stop: int, side: int, device: torch.device) -> torch.Tensor:
+    """The indices of a line of `side` pixels that the positions `start` to `stop` (exclusive) show."""
+    position = torch.arange(start, stop, device=device)
+    if max(-start, stop - side) >= side:
+        return position.clamp(0, side - 1)
+    last = side - 1
+    return last - (last - position.abs()).abs()
+
+
 def _originals(region: Region, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The originals [count, H, W, C] and masks [count, H, W] that so many new pictures belong to, in new memory."""
     order = torch.arange(count, device=region.picture.device)
@@ -138,15 +147,6 @@ def _bounding_boxes(occupied: torch.Tensor) -> list[Box | None]:
         Box(top, left, bottom, right) if hit else None
         for (top, bottom), (left, right), hit in zip(vertical, horizontal, anywhere, strict=True)
     ]
-
-
-def _mirrored(start: int, stop: int, side: int, device: torch.device) -> torch.Tensor:
-    """The indices of a line of `side` pixels that the positions `start` to `stop` (exclusive) show."""
-    position = torch.arange(start, stop, device=device)
-    if max(-start, stop - side) >= side:
-        return position.clamp(0, side - 1)
-    last = side - 1
-    return last - (last - position.abs()).abs()
 
 
 def _resize(picture: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:

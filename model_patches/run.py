@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -89,7 +90,12 @@ class GuidedRun:
             return sampler
         changed = stochastic.with_noise(sampler, self._rasg.eta, self._noise(sampler), self._rasg.sigma)
         sample = changed.sampler_function
-        changed.sampler_function = lambda model, *args, **kwargs: sample(_Evaluations(model, self), *args, **kwargs)
+
+        @functools.wraps(sample)
+        def evaluated(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return sample(_Evaluations(model, self), *args, **kwargs)
+
+        changed.sampler_function = evaluated
         return changed
 
     def begin_evaluation(self) -> None:

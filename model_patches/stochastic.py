@@ -7,6 +7,7 @@ sampler of the host takes a `noise_sampler`: guidance that replaces the noise of
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import logging
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def with_noise(sampler: object, eta: float, noise: NoiseFactory | None, sigma: s
     if "eta" in inspect.signature(function).parameters:
         options["eta"] = eta**2 if name.startswith(ETA_IN_EXPONENT) else eta
 
+    @functools.wraps(function)
     def sample(
         model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, **keywords: Any
     ) -> torch.Tensor:

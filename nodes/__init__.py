@@ -2,11 +2,19 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import TrueFillCompare
 from .condition import TrueFillEncodePrompt
 from .finish import TrueFillHarmonize, TrueFillStitchRegion
 from .guide import TrueFillPAIntA, TrueFillRASG
-from .mask import TrueFillCleanMask, TrueFillExamplePhoto, TrueFillFeatherMask, TrueFillGrowMask
+from .mask import (
+    TrueFillCleanMask,
+    TrueFillExamplePhoto,
+    TrueFillFeatherMask,
+    TrueFillGrowMask,
+    TrueFillMaskShape,
+)
 from .region import TrueFillCropRegion, TrueFillFillHole
+from .upscale import TrueFillBlendKnown, TrueFillUpscale
 
 
 class TrueFillExtension(ComfyExtension):
@@ -16,6 +24,7 @@ class TrueFillExtension(ComfyExtension):
             TrueFillGrowMask,
             TrueFillFeatherMask,
             TrueFillCleanMask,
+            TrueFillMaskShape,
             TrueFillCropRegion,
             TrueFillFillHole,
             TrueFillEncodePrompt,
@@ -23,6 +32,9 @@ class TrueFillExtension(ComfyExtension):
             TrueFillRASG,
             TrueFillStitchRegion,
             TrueFillHarmonize,
+            TrueFillUpscale,
+            TrueFillBlendKnown,
+            TrueFillCompare,
         ]
 
 

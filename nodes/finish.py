@@ -9,7 +9,8 @@ from ..imaging.region import Region, stitch
 from .region import RegionType
 
 
-def _harmonise_inputs(default: Mode) -> list[io.Input]:
+def harmonise_inputs(default: Mode) -> list[io.Input]:
+    """The widgets that become a `Harmony`; they come last, so that their order is the same on every node."""
     return [
         io.Combo.Input(
             "harmonise",
@@ -57,7 +58,7 @@ class TrueFillStitchRegion(io.ComfyNode):
                     "image", tooltip="What was made of the crop. Several pictures for one crop give several results."
                 ),
                 RegionType.Input("region", tooltip="From Crop Region."),
-                *_harmonise_inputs("off"),
+                *harmonise_inputs("off"),
             ],
             outputs=[io.Image.Output(tooltip="The whole picture.")],
         )
@@ -94,7 +95,7 @@ class TrueFillHarmonize(io.ComfyNode):
                 ),
                 io.Image.Input("original", tooltip="The picture that was inpainted, of the same size."),
                 io.Mask.Input("mask", tooltip="The hole: white is taken from the image, grey is mixed."),
-                *_harmonise_inputs("both"),
+                *harmonise_inputs("both"),
             ],
             outputs=[io.Image.Output(tooltip="The finished picture.")],
         )

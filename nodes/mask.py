@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..imaging import morphology
 from ..imaging.examples import EXAMPLES, load_example
+from ..imaging.mask_shapes import Shape, mask_shape
 
 
 class TrueFillExamplePhoto(io.ComfyNode):
@@ -175,3 +176,58 @@ class TrueFillCleanMask(io.ComfyNode):
         elif shape == "convex hull":
             cleaned = morphology.convex_hull(cleaned)
         return io.NodeOutput(cleaned[:, 0])
+
+
+class TrueFillMaskShape(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillMaskShape",
+            display_name="Mask Shape (TrueFill)",
+            category="TrueFill/1 mask",
+            description="Turns a mask that follows an object into one such as people draw: a box, a brushed outline, a hull, a "
+            "scribble. PainterNet's mask generator; an exact outline makes a model draw the same shape again.",
+            search_aliases=[
+                "painternet",
+                "random mask",
+                "box mask",
+                "irregular mask",
+                "scribble",
+                "brush mask",
+                "augment",
+            ],
+            inputs=[
+                _mask_input("The mask of an object; everything that is not black counts."),
+                io.Combo.Input(
+                    "shape",
+                    options=list(get_args(Shape)),
+                    default="irregular",
+                    tooltip="painternet: for each picture one of box, irregular and as it is, at 25, 50 and 25 %, as that method "
+                    "was trained. irregular: grown and painted over. scribble: one quick stroke to and fro.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the random numbers. Each picture of a batch has its own.",
+                ),
+                io.Float.Input(
+                    "growth",
+                    default=0.25,
+                    min=0.0,
+                    max=4.0,
+                    step=0.05,
+                    tooltip="For box: each side moves out by a random part of up to this much of the box's side.",
+                ),
+                io.Int.Input(
+                    "strokes", default=4, min=0, max=64, tooltip="For irregular: how often it is painted over, at most."
+                ),
+            ],
+            outputs=[io.Mask.Output(tooltip="The new mask.")],
+        )
+
+    @classmethod
+    def execute(cls, mask: io.Mask.Type, shape: Shape, seed: int, growth: float, strokes: int) -> io.NodeOutput:
+        return io.NodeOutput(mask_shape(mask, shape, seed, growth, strokes)[:, 0])

@@ -53,6 +53,21 @@ def test_host_loads_encodes_and_samples(family: str, inpainting: bool, caplog: p
         assert image.shape == (1, 128, 64, 3) and torch.isfinite(image).all() and image.std() > 0.01
 
 
+def test_host_takes_the_x4_upscaler_and_its_vae_for_what_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    ensure_host()
+    import comfy.sd
+
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint("x4", inpainting=False)))
+        assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
+        assert type(model.model).__name__ == "SD_X4Upscaler" and model.model.model_type.name == "V_PREDICTION"
+        assert clip.encode_from_tokens(clip.tokenize("a red fox")).shape == (1, 77, 1024)
+        latent = vae.encode(torch.rand(1, 64, 32, 3))
+        assert latent.shape == (1, 4, 16, 8) and torch.isfinite(latent).all()
+        picture = vae.decode(latent)
+        assert picture.shape == (1, 64, 32, 3) and torch.isfinite(picture).all() and picture.std() > 0.01
+
+
 def test_same_seed_same_file(tmp_path) -> None:
     first = write_checkpoint(tmp_path / "a.safetensors", "sd15", inpainting=False, seed=3)
     second = write_checkpoint(tmp_path / "b.safetensors", "sd15", inpainting=False, seed=3)

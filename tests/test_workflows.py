@@ -175,10 +175,12 @@ def test_help_page_has_a_row_for_each_input_with_its_default_and_range(pack_node
                 assert (shown, span) == ("on" if default else "off", "on or off"), where
             elif isinstance(default, int | float):
                 assert float(shown) == default, where
-                assert [float(end) for end in span.split(" to ")] == [item.min, item.max], where
+                assert [float(end) for end in span.split(" to ")] == [float(item.min), float(item.max)], where
             elif default:
                 assert shown.strip("`") == default, where
-            for option in getattr(item, "options", None) or ():
+            options = getattr(item, "options", None) or ()
+            # The host's own lists of samplers and schedulers grow with it.
+            for option in () if item.id in ("sampler_name", "scheduler") else options:
                 assert f"`{option}`" in rows[item.id], where
 
 

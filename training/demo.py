@@ -208,19 +208,41 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="dev.py train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("stage", choices=[*DEFAULTS, "samples", "export"])
-    parser.add_argument("--steps", type=int, help="length of the run; " + listed("steps"))
-    parser.add_argument("--batch", type=int, help="pictures in a step; " + listed("batch"))
+    parser.add_argument("--steps", type=positive, help="length of the run; " + listed("steps"))
+    parser.add_argument("--batch", type=positive, help="pictures in a step; " + listed("batch"))
     parser.add_argument("--learning-rate", type=float, help=listed("learning_rate"))
     parser.add_argument("--seed", type=int, help="default: 0")
-    parser.add_argument("--scenes", type=int, default=16_384, help="scenes that are encoded (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--threads", type=int, help="threads on the CPU (default: torch's own choice)")
+    parser.add_argument(
+        "--scenes", type=positive, default=16_384, help="scenes that are encoded (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument("--threads", type=positive, help="threads on the CPU (default: torch's own choice)")
     parser.add_argument("--workers", type=int, help="processes that make batches (default: 0, none besides this one)")
     parser.add_argument("--save-every", type=float, metavar="SECONDS", help="default: 180")
     parser.add_argument("--float32", action="store_true", help="no bfloat16")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all stages (default: .cache/training)")
     parser.add_argument("--out", type=Path, help="folder for what samples and export write")
     return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
+    return int(text)
+
+
+def usable_device(name: str) -> torch.device:
+    """A device that torch can put a tensor on here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"'{name}' can't be used here: {str(error).splitlines()[0]}") from error
 
 
 def listed(name: str) -> str:
@@ -234,13 +256,12 @@ def main() -> int:
     options.runs = Path(os.path.abspath(options.runs))
     if options.threads:
         torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
     try:
         if options.stage == "samples":
-            return samples(options, device)
+            return samples(options, options.device)
         if options.stage == "export":
             return export(options)
-        return train(options, device)
+        return train(options, options.device)
     except (FileNotFoundError, ValueError) as error:
         print(f"dev.py train: {error}", file=sys.stderr)
         return 1

@@ -3,7 +3,8 @@
 The plan is that of SD1.5 with fewer channels and levels: 32x32 latents of 256 pixels, self-attention and text attention at
 latent / 2 and latent / 4 and in the middle, eps-prediction, scaled-linear betas, a CLIP text model over CLIP's tokenizer with
 77 tokens, a TAESD. A UNet of this size is none of the families that the host's loader tells apart, so it is put together here,
-in the order in which that loader does it. The files lie in `demo/`, with a model card.
+in the order in which that loader does it. The files are written by `python dev.py train export`; where no other folder is named,
+they are looked for in `demo/`.
 """
 
 from __future__ import annotations
@@ -77,11 +78,11 @@ def _model_config(in_channels: int) -> comfy.supported_models.SD15:
 
 
 def read(network: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
-    """The state dict of one of FILES; raises FileNotFoundError where the pack is incomplete."""
+    """The state dict of one of FILES; raises FileNotFoundError where the folder has no such file."""
     path = folder / FILES[network]
     if not path.is_file():
         raise FileNotFoundError(
-            f"The demo model's file {path} is missing: install TrueFill again, or load a checkpoint of your own."
+            f"The folder {folder} has no {path.name}: `python dev.py train export` writes the demo model's files."
         )
     state: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
     return state
@@ -152,7 +153,7 @@ def load_demo_model(
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of the demo model; `kind` is one of KINDS.
 
-    Raises ValueError for another kind and FileNotFoundError where the pack is incomplete.
+    Raises ValueError for another kind and FileNotFoundError where the folder lacks a file.
     """
     if kind not in KINDS:
         raise ValueError(f"There is no demo model '{kind}'; there are: {', '.join(KINDS)}.")

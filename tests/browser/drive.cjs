@@ -1,46 +1,12 @@
-// Drives the editor in chromium for test_editor.py.
-//     node drive.cjs '{"address", "chromium", "nodes2", "pictures", "graphs": [{"name", "file", "id", "changes"}]}'
-// Drops each graph's file on the canvas as a person would, sets widgets (`changes`: node type, widget, value) and runs it. What is seen in the page
-// goes to standard output as JSON; whether that is right is for the tests to say.
+// Drives the editor in chromium for test_editor.py (page.cjs says how): a job has "graphs": [{"name", "file", "id", "changes"}] and "help".
+// Drops each graph's file on the canvas as a person would, sets widgets (`changes`: node type, widget, value) and runs it, then opens
+// the help pages of some node types. What is seen goes to standard output as JSON; whether that is right is for the tests to say.
 'use strict'
 
-const { chromium } = require('playwright-core')
+const { READY, drawn, main } = require('./page.cjs')
 
-const job = JSON.parse(process.argv[2])
-const READY = 60_000
 const SHOW = 15_000
 const RUN = 180_000
-
-async function post(path, body) {
-  const answer = await fetch(job.address + path, { method: 'POST', body: JSON.stringify(body) })
-  if (!answer.ok) throw new Error(`${path} answered ${answer.status}`)
-}
-
-async function drawn(page) {
-  await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))))
-}
-
-async function open(browser, report) {
-  const page = await browser.newPage({ viewport: { width: 1920, height: 1080 } })
-  page.on('pageerror', (error) => report.pageErrors.push(String(error)))
-  await page.route('**/*', (route) => {
-    const { protocol, origin } = new URL(route.request().url())
-    const allowed = origin === job.address || protocol === 'data:' || protocol === 'blob:'
-    return allowed ? route.continue() : route.abort()
-  })
-  await page.goto(job.address)
-  await page.waitForFunction(
-    () =>
-      window.app?.extensionManager &&
-      window.app.graph &&
-      document.querySelector('[data-testid="queue-button"]') &&
-      !document.querySelector('.p-blockui-mask'),
-    undefined,
-    { timeout: READY }
-  )
-  await drawn(page)
-  return page
-}
 
 async function drop(page, file) {
   // The browser's own drag of a file from outside: the page reads the real file, as it does from a file manager.
@@ -76,7 +42,7 @@ const seen = () => {
   return { nodes, dialogs, cut, notes: notes.map((note) => note.innerText) }
 }
 
-async function run(page, changes) {
+async function run(page, changes, nodes2) {
   const saveId = await page.evaluate((changes) => {
     const all = (type) => {
       const found = window.app.graph.nodes.filter((node) => node.type === type)
@@ -100,7 +66,7 @@ async function run(page, changes) {
         ? { source: picture.src, width: picture.naturalWidth, height: picture.naturalHeight }
         : null
     },
-    [saveId, job.nodes2],
+    [saveId, nodes2],
     { timeout: RUN }
   )
   return result.jsonValue()
@@ -135,51 +101,27 @@ async function help(page, type) {
   })
 }
 
-async function main() {
-  await post('/api/settings', {
-    'Comfy.TutorialCompleted': true,
-    'Comfy.InstalledVersion': '99.0.0',
-    'Comfy.VueNodes.Enabled': job.nodes2,
-    // An earlier page may have left it open.
-    'Comfy.RightSidePanel.IsOpen': false
-  })
-  const report = { pageErrors: [], graphs: {} }
-  const options = ['--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu']
-  const browser = await chromium.launch({ executablePath: job.chromium, args: options })
+main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
-  let page
-  try {
-    page = await open(browser, report)
-    for (const { name, file, id, changes } of job.graphs) {
-      await drop(page, file)
-      await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
-      await drawn(page)
-      const picture = `${job.pictures}/${name}-${mode}`
-      const found = await page.evaluate(seen)
-      found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
-      await page.screenshot({ path: `${picture}.png` })
-      found.result = await run(page, changes)
-      await drawn(page)
-      await page.screenshot({ path: `${picture}-result.png` })
-      if (job.help && name === job.graphs.at(-1).name) {
-        report.help = {}
-        for (const type of job.help) {
-          report.help[type] = await help(page, type)
-          await page.screenshot({ path: `${job.pictures}/help-${type}-${mode}.png` })
-        }
+  report.graphs = {}
+  for (const { name, file, id, changes } of job.graphs) {
+    await drop(page, file)
+    await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
+    await drawn(page)
+    const picture = `${job.pictures}/${name}-${mode}`
+    const found = await page.evaluate(seen)
+    found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
+    await page.screenshot({ path: `${picture}.png` })
+    found.result = await run(page, changes, job.nodes2)
+    await drawn(page)
+    await page.screenshot({ path: `${picture}-result.png` })
+    if (job.help && name === job.graphs.at(-1).name) {
+      report.help = {}
+      for (const type of job.help) {
+        report.help[type] = await help(page, type)
+        await page.screenshot({ path: `${job.pictures}/help-${type}-${mode}.png` })
       }
-      report.graphs[name] = found
     }
-  } catch (error) {
-    await page?.screenshot({ path: `${job.pictures}/failure-${mode}.png` })
-    throw error
-  } finally {
-    await browser.close()
+    report.graphs[name] = found
   }
-  console.log(JSON.stringify(report))
-}
-
-main().catch((error) => {
-  console.error(error)
-  process.exitCode = 1
 })

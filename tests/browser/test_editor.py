@@ -1,19 +1,12 @@
-"""The shipped graphs in the real editor: dropped as files on the canvas and run, in both of its modes.
-
-Needs chromium, node and playwright-core (`.ci/run` installs them); without these the tests are skipped, except
-where the environment says CI=true.
-"""
+"""The shipped graphs in the real editor: dropped as files on the canvas and run, in both of its modes."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
-import subprocess
 import sys
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,8 +22,6 @@ pytestmark = pytest.mark.browser
 
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-PICTURES = ROOT / ".cache" / "screenshots"
-MODULES = ROOT / ".cache" / "browser" / "node_modules"
 # Steps in each mode: not the same, or the second picture would come from the host's cache.
 STEPS = {"classic": 2, "nodes2": 3}
 MEGAPIXELS, NATIVE = 0.1, 256
@@ -63,29 +54,6 @@ def changes(mode: str, name: str) -> dict[str, dict[str, Any]]:
     return {node_type: widgets for node_type, widgets in wanted.items() if node_type in present}
 
 
-def _environment() -> dict[str, str]:
-    paths = [os.environ.get("NODE_PATH", ""), str(MODULES)]
-    return os.environ | {"NODE_PATH": os.pathsep.join(path for path in paths if path)}
-
-
-@pytest.fixture(scope="module")
-def chromium() -> str:
-    """The browser's path, once all that drives it is there."""
-    browser, node = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("node")
-    missing = [name for name, path in (("chromium", browser), ("node", node)) if path is None]
-    if node is not None:
-        probe = [node, "-e", "require('playwright-core')"]
-        if subprocess.run(probe, env=_environment(), capture_output=True, cwd=ROOT).returncode:
-            missing.append("playwright-core (npm)")
-    if missing:
-        reason = f"the editor's tests need {', '.join(missing)}; .ci/ installs what is missing"
-        if os.environ.get("CI", "").lower() == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    assert browser is not None
-    return browser
-
-
 @pytest.fixture(scope="module")
 def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running ComfyUI with random checkpoints under the names of the graphs' models."""
@@ -97,16 +65,9 @@ def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         yield server
 
 
-@pytest.fixture(scope="module", params=list(STEPS))
-def mode(request: pytest.FixtureRequest) -> str:
-    """The classic canvas, or what the editor calls Nodes 2.0."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def report(mode: str, chromium: str, comfyui: Server) -> dict[str, Any]:
+def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """What drive.cjs saw in the page, in this mode."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
     graphs = [
         {
             "name": name,
@@ -116,18 +77,7 @@ def report(mode: str, chromium: str, comfyui: Server) -> dict[str, Any]:
         }
         for name in GRAPHS
     ]
-    job = {
-        "address": comfyui.address,
-        "chromium": chromium,
-        "nodes2": mode == "nodes2",
-        "pictures": str(PICTURES),
-        "graphs": graphs,
-        "help": HELP,
-    }
-    command = ["node", str(Path(__file__).with_name("drive.cjs")), json.dumps(job)]
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=900)
-    assert done.returncode == 0, f"{done.stderr}\n--- ComfyUI's log ---\n{comfyui.tail()}"
-    return json.loads(done.stdout)
+    return drive("drive.cjs", comfyui, mode, graphs=graphs, help=HELP)
 
 
 def test_page_reports_no_error(report: dict[str, Any]) -> None:

@@ -107,5 +107,5 @@ def test_the_command_says_what_it_needs(tmp_path):
 
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"truefill_demo_inpaint\.safetensors is missing"):
+    with pytest.raises(FileNotFoundError, match=r"has no truefill_demo_inpaint\.safetensors"):
         accuracy.Models(tmp_path)["9-channel"]

@@ -72,6 +72,35 @@ def test_a_worker_that_fails_ends_the_run(tmp_path, monkeypatch):
         list(bench.outcomes(2, tmp_path))
 
 
+@pytest.fixture
+def run_with(tmp_path, monkeypatch):
+    """A function that runs the benchmark with a script in the place of its workers."""
+    for file in pack_module("weights.demo_model").FILES.values():
+        (tmp_path / file).touch()
+
+    def run(script: str) -> int:
+        (tmp_path / "worker.py").write_text(script)
+        monkeypatch.setattr(bench, "__file__", str(tmp_path / "worker.py"))
+        arguments = ["--weights", str(tmp_path), "--triplets", "2", "--workers", "2"]
+        monkeypatch.setattr("sys.argv", ["bench", *arguments])
+        return bench.main()
+
+    return run
+
+
+def test_the_command_ends_with_the_last_words_of_a_worker_that_fails(run_with, capsys):
+    script = "import sys\nif sys.argv[-1][0] == '1':\n    for n in range(99): print('line', n, file=sys.stderr)\n    sys.exit(7)"
+    assert run_with(script) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "bench accuracy: A worker failed with exit status 7; the end of what it said:"
+    assert said[1:] == [f"line {n}" for n in range(84, 99)]
+
+
+def test_the_command_misses_pictures_that_no_worker_made(run_with, capsys):
+    assert run_with("") == 1
+    assert capsys.readouterr().err == "bench accuracy: 0 of 16 pictures came back.\n"
+
+
 @pytest.mark.parametrize("arguments", [["--triplets", "0"], ["--steps", "0"], ["--seed", "-1"]])
 def test_numbers_out_of_range_are_refused(arguments, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench", *arguments])

@@ -237,6 +237,16 @@ def test_outside_the_mask_nothing_changes_whatever_comes_back(
         assert torch.equal(picture[known], pictures[index % len(pictures)][known])
 
 
+def on_canvas(box: Any, new: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels [h, w, C] of a box in a picture of another size, and whether each pixel of that picture [H, W] is one."""
+    # A canvas as large as everything, so that no offset has to be cut off.
+    canvas, covered = torch.zeros(200, 200, new.shape[-1]), torch.zeros(200, 200, dtype=torch.bool)
+    canvas[80 + box.top : 80 + box.bottom, 80 + box.left : 80 + box.right] = new
+    covered[80 + box.top : 80 + box.bottom, 80 + box.left : 80 + box.right] = True
+    picture = slice(80, 80 + size[0]), slice(80, 80 + size[1])
+    return canvas[picture], covered[picture]
+
+
 @settings(max_examples=150, deadline=None)
 @given(jobs(), st.integers(0, 5), st.integers(1, 3))
 def test_inside_the_mask_the_new_pixels_come_to_their_own_place(job: Any, context: int, times: int) -> None:
@@ -246,13 +256,43 @@ def test_inside_the_mask_the_new_pixels_come_to_their_own_place(job: Any, contex
     for index, picture in enumerate(region.stitch(made, new)):
         old, weight = pictures[index % len(pictures)], mask[index % len(mask)][..., None]
         box = made.plan.boxes[index % len(crops)]
-        # The new pixels on a canvas as large as everything, so that no offset has to be cut off.
-        canvas = torch.zeros(200, 200, pictures.shape[-1])
-        canvas[80 + box.top : 80 + box.bottom, 80 + box.left : 80 + box.right] = new[index]
-        placed = canvas[80 : 80 + old.shape[0], 80 : 80 + old.shape[1]]
+        placed, _ = on_canvas(box, new[index], old.shape[:2])
         assert torch.allclose(picture, old * (1 - weight) + placed * weight, atol=1e-6)
         hole = weight[..., 0] == 1.0
         assert torch.equal(picture[hole], placed[hole])
+
+
+@settings(max_examples=150, deadline=None)
+@given(jobs(), st.integers(0, 5), st.integers(1, 3))
+def test_placing_covers_the_whole_box_whatever_the_mask_and_nothing_else(job: Any, context: int, times: int) -> None:
+    pictures, mask = job
+    crops, _, made = region.crop(pictures, mask, sliced(context_pixels=context))
+    new = random_pictures(times * len(crops), *made.plan.size, pictures.shape[-1], seed=1)
+    result = region.place(made, new)
+    assert result.shape == (len(new), *pictures.shape[1:])
+    for index, picture in enumerate(result):
+        box = made.plan.boxes[index % len(crops)]
+        placed, covered = on_canvas(box, new[index], picture.shape[:2])
+        assert torch.equal(picture[covered], placed[covered])
+        assert torch.equal(picture[~covered], pictures[index % len(pictures)][~covered])
+
+
+def test_what_is_placed_gets_the_size_of_the_box_and_the_type_of_the_original() -> None:
+    pictures = random_pictures(1, 40, 48).half()
+    made = region.crop(pictures, mask_of((40, 48), (8, 16, 24, 40)), sliced())[2]
+    for size in ((7, 9), (16, 24), (64, 96)):
+        result = region.place(made, torch.full((1, *size, 3), 0.25, dtype=torch.float64))
+        assert result.dtype == torch.float16 and (result[:, 8:24, 16:40] == 0.25).all()
+        result[:, 8:24, 16:40] = pictures[:, 8:24, 16:40]
+        assert torch.equal(result, pictures)
+
+
+def test_placing_writes_to_nothing_that_it_was_given() -> None:
+    pictures, new = random_pictures(1, 8, 8), random_pictures(1, 8, 8, seed=1)
+    made = region.crop(pictures, torch.ones(1, 8, 8), sliced())[2]
+    given_values = [pictures.clone(), new.clone()]
+    region.place(made, new).fill_(0.5)
+    assert torch.equal(pictures, given_values[0]) and torch.equal(new, given_values[1])
 
 
 def test_repeated_results_belong_to_the_crops_in_the_order_of_the_batch() -> None:

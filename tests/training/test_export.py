@@ -112,7 +112,9 @@ def test_a_text_encoder_of_another_size_is_refused(files):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"truefill_demo_vae\.safetensors is missing: install TrueFill again"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has no truefill_demo_vae\.safetensors: `python dev\.py train export`"
+    ):
         demo_model.read("vae", tmp_path)
 
 

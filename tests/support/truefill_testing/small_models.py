@@ -8,9 +8,15 @@ random, the output layers too (the host leaves them uninitialised and training s
     sd15     depth 1, 1, 1                       / 8, 1      4 (8..32 wide)     24        768
     sd2      depth 1, 1, 1                       / 8, 1      16 wide, linear    32        1024
     sdxl     none, depth 2, depth 3              / 4, 3      16 wide, linear    40        1280 (ADM 2816)
+    x4       none, depth 1, 1; / 8: 1            / 8, 1      8 (8, 16), linear  28        none (noise level)
+
+The x4 upscaler (`small_upscaler`) predicts v. Its 7 channels are the latent's 4 and the low-resolution picture's 3, with
+noise, whose level it is told as a class. Its transformers at / 2 and / 4 attend to the text twice, not to themselves.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 
@@ -21,6 +27,7 @@ ensure_host()
 import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
+from comfy_extras.nodes_sdupscale import SD_4XUpscale_Conditioning  # noqa: E402
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 CONTEXT_DIM = {"sd15": 24, "sd2": 32, "sdxl": 40}
@@ -60,7 +67,17 @@ _HEADS = {
 }
 # Gains over 1/sqrt(fan in). Queries and keys: raw scores of standard deviation about gain squared, so that neither
 # softmax is flat nor saturated.
-_GAINS = {"attn1.to_q": 1.2, "attn1.to_k": 1.2, "attn2.to_q": 1.5, "attn2.to_k": 1.5}
+# An embedding has no fan in: 6 lets the x4 upscaler's noise level count for about as much as the timestep.
+_GAINS = {
+    "attn1.to_q": 1.2,
+    "attn1.to_k": 1.2,
+    "attn2.to_q": 1.5,
+    "attn2.to_k": 1.5,
+    "label_emb.weight": 6.0,
+}
+
+UPSCALER_CONTEXT_DIM = 28
+UPSCALER_NOISE_LEVELS = 350
 
 
 def small_model(
@@ -95,6 +112,47 @@ def small_model(
     _randomise(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def small_upscaler(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """A small x4 upscaler on the CPU, as the host makes it of its checkpoint."""
+    unet_config = {
+        "image_size": 32,
+        "in_channels": 7,
+        "out_channels": 4,
+        "model_channels": 32,
+        "use_spatial_transformer": True,
+        "legacy": False,
+        "context_dim": UPSCALER_CONTEXT_DIM,
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": (1, 2, 2, 4),
+        "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
+        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        "transformer_depth_middle": 1,
+        "use_linear_in_transformer": True,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+    }
+    config = comfy.supported_models.SD_X4Upscaler(unet_config)
+    config.set_inference_dtype(dtype, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the host's noise schedule copies tensors with torch.tensor
+        model = config.get_model({})
+    _randomise(model.diffusion_model, seed)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+def upscaler_conditioning(images: torch.Tensor, noise_level: int, seed: int, tokens: int = 77) -> tuple[list, list]:
+    """Positive and negative CONDITIONING, random texts and `images` [B, h, w, 3] in [0, 1], from the host's own node.
+
+    The latents are [B, 4, h, w]. The host adds the noise of `noise_level` (0 to 350) to the images, with its seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sides = [[[torch.randn(1, tokens, UPSCALER_CONTEXT_DIM, generator=generator), {}]] for _ in range(2)]
+    output = SD_4XUpscale_Conditioning.execute(images, *sides, 4.0, noise_level / UPSCALER_NOISE_LEVELS)
+    positive, negative, _ = output.args
+    return positive, negative
 
 
 def small_conditioning(family: str, seed: int, tokens: int = 77, batch: int = 1) -> list:

@@ -1,0 +1,177 @@
+"""The pixels' side of inpainting-specialised super-resolution (HD-Painter, section 3.5): where it works, and on what.
+
+A cell is the square of `factor` pixels that one cell of a latent stands for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .morphology import grow
+from .region import mirrored
+from .region_plan import Box, Plan, RegionSettings, plan
+from .tiling import tile_boxes, tile_weight
+
+# Deviation and reach of the authors' softening: 19 cells of 4 pixels, with the deviation OpenCV takes for that many.
+_SOFT_PIXELS, _REACH_PIXELS = 12.8, 36
+_CONTEXT_PIXELS, _LEAST_PIXELS = 64, 512
+# The UNets of the SD families halve a latent three times.
+_CELLS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Workplace:
+    """The part of one picture that is made anew, and the tiles it is made in.
+
+    box: in cells of the whole picture, which it may reach out of.
+    tiles: in cells of the box; they hold every cell that changes.
+    hole: [1, 1, h, w] in [0, 1], the softened hole on the box's cells.
+    overlap: what neighbouring tiles share, in cells.
+    factor: pixels per cell.
+    """
+
+    box: Box
+    tiles: tuple[Box, ...]
+    hole: torch.Tensor
+    overlap: int
+    factor: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in cells."""
+        return self.box.height, self.box.width
+
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.box.height * self.factor, self.box.width * self.factor
+
+    def pixel_plan(self, picture_size: tuple[int, int]) -> Plan:
+        """Where the box lies in a picture of `picture_size` (height, width) pixels, for `region.stitch`."""
+        return Plan((_scaled(self.box, self.factor),), self.pixel_size, picture_size)
+
+    def cut(self, pictures: torch.Tensor) -> torch.Tensor:
+        """The box of pictures [B, H, W, C], mirrored beyond their border: [B, h * factor, w * factor, C]."""
+        return _cut(pictures, _scaled(self.box, self.factor))
+
+    def cells_of(self, low: torch.Tensor, picture_size: tuple[int, int]) -> torch.Tensor:
+        """The box of pictures [B, h, w, C] that show all of the large one at another size, at a pixel for each cell.
+
+        Returns [B, h, w, C] in [0, 1]. Pictures of just one pixel a cell are cut and nothing else.
+        """
+        return _part(low, (picture_size[0] / self.factor, picture_size[1] / self.factor), self.box)
+
+    def pixels_of(self, low: torch.Tensor, picture_size: tuple[int, int]) -> torch.Tensor:
+        """As `cells_of`, but at the resolution of the large picture."""
+        return _part(low, picture_size, _scaled(self.box, self.factor))
+
+    def pixel_hole(self) -> torch.Tensor:
+        """The softened hole on the box's pixels, [1, H, W, 1]."""
+        return F.interpolate(self.hole, size=self.pixel_size, mode="bilinear").movedim(1, -1)
+
+    def pixels(self, tile: Box) -> tuple[slice, slice]:
+        """A tile's rows and columns among the pixels of the box."""
+        box = _scaled(tile, self.factor)
+        return slice(box.top, box.bottom), slice(box.left, box.right)
+
+    def join(self, parts: list[torch.Tensor], otherwise: torch.Tensor) -> torch.Tensor:
+        """One picture [B, h, w, C] of the tiles' parts, each [B, h, w, C] at the resolution of cells or of pixels.
+
+        Tiles are mixed where they overlap (`tile_weight`); `otherwise` [B, H, W, C], at the size of the box, shows where there
+        is no tile.
+        """
+        scale = otherwise.shape[1] // self.box.height
+        total, count = torch.zeros_like(otherwise), otherwise.new_zeros(otherwise.shape[1:3])
+        for tile, part in zip(self.tiles, parts, strict=True):
+            place = _scaled(tile, scale)
+            rows, columns = slice(place.top, place.bottom), slice(place.left, place.right)
+            weight = tile_weight(place, (otherwise.shape[1], otherwise.shape[2]), self.overlap * scale).to(otherwise)
+            total[:, rows, columns] += weight[..., None] * part.to(otherwise)
+            count[rows, columns] += weight
+        count = count[..., None]
+        return torch.where(count > 0, total / count.clamp(min=1e-6), otherwise)
+
+
+def widened(mask: torch.Tensor, pixels: float) -> torch.Tensor:
+    """The hole [B, H, W] that is made anew: every pixel above 0, and what lies within `pixels` of it. Float32, 0 or 1."""
+    return grow((mask > 0).float(), pixels)[:, 0]
+
+
+def find_workplace(hole: torch.Tensor, factor: int, tile: int, overlap: int) -> Workplace | None:
+    """Plans the work on one picture with the hole [H, W] (0 or 1); None where there is no hole.
+
+    `tile` and `overlap` are in pixels; a tile is rounded down to whole multiples of 8 cells, and 0 stands for one tile, as
+    large as the box. The box has some context around the hole and is at least as large as a tile (512 pixels where there is
+    one), as far as the picture goes.
+    """
+    if not bool(hole.any()):
+        return None
+    height, width = hole.shape
+    grid = (math.ceil(height / factor), math.ceil(width / factor))
+    padded = F.pad(
+        hole[None, None].float(), (0, grid[1] * factor - width, 0, grid[0] * factor - height), mode="replicate"
+    )
+    soft = _softened(F.avg_pool2d(padded, factor), factor)
+    needed = soft[0, 0] > 0
+    rows, columns = needed.any(1).nonzero()[:, 0], needed.any(0).nonzero()[:, 0]
+    found = Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+    side = max(_CELLS, (tile or _LEAST_PIXELS) // factor // _CELLS * _CELLS)
+    settings = RegionSettings(
+        native_size=1 << 20,
+        multiple=_CELLS,
+        context_percent=0.0,
+        context_pixels=math.ceil(_CONTEXT_PIXELS / factor),
+        min_side=side,
+        max_aspect=1e6,
+        max_upscale=1.0,
+    )
+    box = plan([found], grid, settings).boxes[0]
+    lines = mirrored(box.top, box.bottom, grid[0], soft.device), mirrored(box.left, box.right, grid[1], soft.device)
+    inside = soft.index_select(2, lines[0]).index_select(3, lines[1])
+    if not tile:
+        side = max(box.height, box.width)
+    shared = min(overlap // factor, side - 1)
+    return Workplace(box, tuple(tile_boxes(inside[0, 0] > 0, side, shared)), inside, shared, factor)
+
+
+def _softened(cells: torch.Tensor, factor: int) -> torch.Tensor:
+    """A mask [1, 1, h, w] after a Gaussian, as if it went on beyond the border as it is there."""
+    reach = max(1, _REACH_PIXELS // factor)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float32, device=cells.device)
+    kernel = torch.exp(-0.5 * (distance * factor / _SOFT_PIXELS) ** 2)
+    kernel = kernel / kernel.sum()
+    cells = F.pad(cells, (reach,) * 4, mode="replicate")
+    cells = F.conv2d(F.conv2d(cells, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    # Rounding leaves a full hole a little below 1.
+    return torch.where(cells > 1 - 1e-5, 1.0, cells)
+
+
+def _cut(pictures: torch.Tensor, box: Box) -> torch.Tensor:
+    rows = mirrored(box.top, box.bottom, pictures.shape[1], pictures.device)
+    columns = mirrored(box.left, box.right, pictures.shape[2], pictures.device)
+    return pictures.index_select(1, rows).index_select(2, columns)
+
+
+def _part(pictures: torch.Tensor, size: tuple[float, float], box: Box) -> torch.Tensor:
+    """A box of pictures [B, h, w, C] resized to `size` (height, width), of which whole pixels exist."""
+    if (float(pictures.shape[1]), float(pictures.shape[2])) != (float(size[0]), float(size[1])):
+        # Resized to whole pixels, what lies far from the corner would move.
+        scale = [(1 + 1e-9) * wanted / given for wanted, given in zip(size, pictures.shape[1:3], strict=True)]
+        planes = F.interpolate(
+            pictures.movedim(-1, 1).float(),
+            scale_factor=scale,
+            mode="bicubic",
+            antialias=True,
+            align_corners=False,
+            recompute_scale_factor=False,
+        )
+        pictures = planes.movedim(1, -1).clamp(0.0, 1.0)
+    return _cut(pictures, box)
+
+
+def _scaled(box: Box, scale: int) -> Box:
+    return Box(*(scale * line for line in box))

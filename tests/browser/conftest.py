@@ -1,0 +1,71 @@
+"""The browser and its drivers.
+
+They need chromium, node and playwright-core (`.ci/run` installs them); without these the tests of this folder are skipped,
+except where the environment says CI=true.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from devtools.server import Server
+from truefill_testing.host import ROOT
+
+PICTURES = ROOT / ".cache" / "screenshots"
+MODULES = ROOT / ".cache" / "browser" / "node_modules"
+
+
+def _environment() -> dict[str, str]:
+    paths = [os.environ.get("NODE_PATH", ""), str(MODULES)]
+    return os.environ | {"NODE_PATH": os.pathsep.join(path for path in paths if path)}
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser's path, once all that drives it is there."""
+    browser, node = shutil.which("chromium") or shutil.which("chromium-browser"), shutil.which("node")
+    missing = [name for name, path in (("chromium", browser), ("node", node)) if path is None]
+    if node is not None:
+        probe = [node, "-e", "require('playwright-core')"]
+        if subprocess.run(probe, env=_environment(), capture_output=True, cwd=ROOT).returncode:
+            missing.append("playwright-core (npm)")
+    if missing:
+        reason = f"the editor's tests need {', '.join(missing)}; .ci/ installs what is missing"
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    assert browser is not None
+    return browser
+
+
+@pytest.fixture(scope="module", params=["classic", "nodes2"])
+def mode(request: pytest.FixtureRequest) -> str:
+    """The classic canvas, or what the editor calls Nodes 2.0."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def drive(chromium: str) -> Callable[..., dict[str, Any]]:
+    """Runs a driver of this folder in a page of a server, in a mode, and returns what it saw."""
+
+    def run(driver: str, server: Server, mode: str, **job: Any) -> dict[str, Any]:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        always = {"address": server.address, "chromium": chromium, "pictures": str(PICTURES)}
+        command = [
+            "node",
+            str(Path(__file__).with_name(driver)),
+            json.dumps({**always, "nodes2": mode == "nodes2", **job}),
+        ]
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=900)
+        assert done.returncode == 0, f"{done.stderr}\n--- ComfyUI's log ---\n{server.tail()}"
+        return json.loads(done.stdout)
+
+    return run
