@@ -49,7 +49,7 @@ def crop(
 
     Raises ValueError for wrong shapes or counts, a picture that isn't floating point, and values that aren't finite.
     """
-    _check_pictures(pictures, "The picture")
+    check_pictures(pictures, "The picture")
     height, width = pictures.shape[1:3]
     hole = _full_size_mask(mask, "The mask", pictures)
     if feather:
@@ -87,7 +87,7 @@ def place(region: Region, pictures: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError for wrong shapes or counts, a picture that isn't floating point, and values that aren't finite.
     """
-    _check_pictures(pictures, "The new picture")
+    check_pictures(pictures, "The new picture")
     boxes = region.plan.boxes
     if len(pictures) % len(boxes):
         raise ValueError(
@@ -173,7 +173,8 @@ def _full_size_mask(mask: torch.Tensor, name: str, pictures: torch.Tensor) -> to
     return resize_mask(mask, pictures.shape[1:3])[:, 0]
 
 
-def _check_pictures(pictures: torch.Tensor, name: str) -> None:
+def check_pictures(pictures: torch.Tensor, name: str) -> None:
+    """Raises ValueError, beginning with `name`, unless `pictures` are [B, H, W, 3 or 4], floating point and finite."""
     if pictures.ndim != 4 or 0 in pictures.shape or pictures.shape[-1] not in (3, 4):
         raise ValueError(
             f"{name} has the shape {list(pictures.shape)}, but [B, H, W, C] with at least one pixel and "

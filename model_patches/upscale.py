@@ -19,10 +19,11 @@ import comfy.utils
 import latent_preview
 import node_helpers
 import torch
+import torch.nn.functional as F
 
 from ..imaging.harmonise import POISSON, Harmony
 from ..imaging.masks import resize_mask
-from ..imaging.region import Region, stitch
+from ..imaging.region import Region, check_pictures, stitch
 from ..imaging.region_plan import Box
 from ..imaging.super_resolution import Workplace, find_workplace, widened
 from .known import with_known
@@ -91,8 +92,10 @@ def upscale_hole(
     that isn't the x4 upscaler, or by itself. `announce` is told what will be computed and how much memory that takes.
 
     Returns [B, H, W, C]: the pictures bit for bit where the hole, widened by `layout.expand` pixels, is not. Each picture
-    has noise of its own. Raises ValueError for counts, models and sizes that don't go together.
+    has noise of its own. Raises ValueError for counts and models that don't go together, and for pictures that are none.
     """
+    check_pictures(pictures, "The picture")
+    check_pictures(low, "The inpainted picture")
     count = max(len(pictures), len(low), len(mask))
     if {len(pictures), len(low), len(mask)} - {1, count}:
         raise ValueError(
@@ -209,7 +212,7 @@ class _Diffusing:
         if place.tiles != (Box(0, 0, *place.size),):
             model = with_tiles(model, place.tiles, place.size, place.overlap, known)
         model = with_known(model, known, place.hole[:, 0])
-        seed = sampling.seed + index
+        seed = (sampling.seed + index) % (1 << 64)
         previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
         done = progress.current
 
@@ -271,9 +274,20 @@ class _Refining(_Diffusing):
         start = torch.lerp(box, large.to(box), place.pixel_hole().to(box))
         known = self.encode(place, box)
         latent = self.encode(place, start)
-        conds = (self._diffusion.positive, self._diffusion.negative)
-        made = self.sample(place, known, latent, conds, self._sampling.denoise, index, progress)
+        made = self.sample(place, known, latent, self._conds(place, box), self._sampling.denoise, index, progress)
         return self.decode(place, made, box)
+
+    def _conds(self, place: Workplace, box: torch.Tensor) -> tuple[Any, Any]:
+        """The prompts; an inpainting model also gets the hole and what is around it, as in the host's own nodes."""
+        conds = (self._diffusion.positive, self._diffusion.negative)
+        if not self._diffusion.model.model.concat_keys:
+            return conds
+        hole = (place.hole > 0.5).float()
+        pixels = F.interpolate(hole, size=place.pixel_size, mode="nearest").movedim(1, -1).to(box)
+        values = {"concat_latent_image": self.encode(place, torch.lerp(box, torch.full_like(box, 0.5), pixels))}
+        values["concat_mask"] = hole[:, 0]
+        positive, negative = (node_helpers.conditioning_set_values(cond, values) for cond in conds)
+        return positive, negative
 
 
 def _engine(diffusion: Diffusion | None, upscale_model: Any, sampling: Sampling) -> _Enlarging | X4 | _Refining:

@@ -240,6 +240,22 @@ def test_another_model_starts_from_the_enlarged_picture() -> None:
     assert (changed[0][inside] - result[0][inside]).abs().mean() > 0.05
 
 
+def test_an_inpainting_model_is_given_the_hole_and_its_surroundings() -> None:
+    side = small_conditioning("sd15", 1), small_conditioning("sd15", 2)
+    calls: list[dict[str, Any]] = []
+    diffusion = pointwise(upscaling.Diffusion(small_model("sd15", True), *side, AreaVAE(8)), calls)
+    picture, mask = pictures(1, 192, 256), square(192, 256, 64, 96, 64)
+    upscaling.upscale_hole(
+        picture, pictures(1, 48, 64), mask, diffusion, None, upscaling.Sampling(steps=2, denoise=0.6)
+    )
+    hole, around = calls[0]["c_concat"][:1, :1], calls[0]["c_concat"][:1, 1:]
+    assert set(hole.unique().tolist()) == {0.0, 1.0} and (hole[..., 9:15, 13:19] == 1).all()
+    process = diffusion.model.model.process_latent_in
+    known, grey = process(diffusion.vae.encode(picture)), process(torch.full((1, 4, 1, 1), 0.5))
+    assert torch.equal(around.where(hole == 0, 0), known.where(hole == 0, 0))
+    assert torch.allclose(around.where(hole == 1, grey), grey.expand_as(around), atol=1e-6)
+
+
 class Nearest:
     """The interface of a loaded upscale model."""
 
@@ -267,9 +283,11 @@ def test_an_upscale_model_alone_fills_the_hole_with_what_it_makes() -> None:
         (lambda d: {"diffusion": None}, "connect Stable Diffusion's x4 upscaler"),
         (lambda d: {"upscale_model": Nearest()}, "disconnect"),
         (lambda d: {"diffusion": upscaling.Diffusion(d.model, d.positive, d.negative, AreaVAE(8))}, "VAE"),
+        (lambda d: {"pictures": pictures(1, 64, 64) * torch.nan}, "NaN"),
+        (lambda d: {"low": pictures(1, 16, 16)[..., :2]}, "The inpainted picture has the shape"),
         (lambda d: {"pictures": pictures(3, 64, 64), "low": pictures(2, 16, 16)}, "3 pictures, 2 inpainted"),
     ],
-    ids=["nothing", "both", "the wrong VAE", "counts"],
+    ids=["nothing", "both", "the wrong VAE", "NaN", "two channels", "counts"],
 )
 def test_what_does_not_go_together_is_refused_in_one_sentence(change: Any, message: str) -> None:
     diffusion, _ = x4()

@@ -89,6 +89,18 @@ const views = () => ({
   shown: [...document.querySelectorAll('.truefill-compare-stage')].filter((stage) => stage.checkVisibility()).length
 })
 
+/** What the editor does for an undo: the nodes are made anew, the outputs of the last run are kept. */
+async function undo() {
+  const { app } = window
+  await app.loadGraphData(app.rootGraph.serialize(), false, false, app.extensionManager.workflow.activeWorkflow)
+}
+
+/** Opens the graph's only subgraph. */
+function enter() {
+  const { app } = window
+  app.canvas.setGraph([...app.rootGraph.subgraphs.values()].at(-1))
+}
+
 async function shown(page) {
   await page.waitForFunction(
     (root) =>
@@ -160,6 +172,8 @@ async function play(page, shape, job, prefix) {
   await step('mask-difference')
   await press(page, 'mask')
   await step('difference')
+  // There is no divider to move now.
+  await page.mouse.click(left + 0.5 * width, top + 0.5 * height)
   await press(page, 'next picture')
   await step('difference-next')
   await press(page, 'before | after')
@@ -210,8 +224,7 @@ async function live(page, shape, job) {
   await counted(page, 1)
   found.removed = await page.evaluate(views)
 
-  // What an undo does.
-  await page.evaluate(async () => window.app.loadGraphData(window.app.graph.serialize(), false, false))
+  await page.evaluate(undo)
   await shown(page)
   found.undone = await page.evaluate(views)
 
@@ -226,19 +239,25 @@ async function live(page, shape, job) {
     const { app } = window
     const node = app.graph.nodes.find((node) => node.type === 'TrueFillCompare')
     const made = app.graph.convertToSubgraph(new Set([node]))
+    // It keeps its id, so what the last run left would be found too.
+    delete app.nodeOutputs[node.id]
     app.canvas.openSubgraph(made.subgraph, made.node)
   })
   await page.locator(`${ROOT}-hint`).waitFor({ timeout: RUN })
   await page.click('[data-testid="queue-button"]')
   await shown(page)
   found.inSubgraph = await page.evaluate(views)
-  await page.evaluate(async () => {
-    const { app } = window
-    await app.loadGraphData(app.rootGraph.serialize(), false, false)
-    app.canvas.setGraph([...app.rootGraph.subgraphs.values()].at(-1))
-  })
+  await page.evaluate(undo)
+  await page.evaluate(enter)
   await shown(page)
   found.undoneInSubgraph = await page.evaluate(views)
+  await command('Comfy.NewBlankWorkflow')
+  await counted(page, 0)
+  await command('Workspace.PreviousOpenedWorkflow')
+  await page.waitForFunction(() => window.app.rootGraph.subgraphs.size, undefined, { timeout: RUN })
+  await page.evaluate(enter)
+  await shown(page)
+  found.otherTabInSubgraph = await page.evaluate(views)
 
   // The file is asked for again, and is not there.
   await page.evaluate(() => {

@@ -184,7 +184,7 @@ def test_a_copy_is_empty_and_goes_without_a_trace(report: dict[str, Any]) -> Non
     assert report["live"]["removed"] == {"nodes": 1, "inPage": 1, "shown": 1}
 
 
-@pytest.mark.parametrize("what", ["undone", "otherTab", "inSubgraph", "undoneInSubgraph"])
+@pytest.mark.parametrize("what", ["undone", "otherTab", "inSubgraph", "undoneInSubgraph", "otherTabInSubgraph"])
 def test_the_pictures_are_still_there(report: dict[str, Any], what: str) -> None:
     assert report["live"][what] == {"nodes": 1, "inPage": 1, "shown": 1}
 

@@ -187,9 +187,10 @@ def test_so_they_are_in_large_pictures(size: tuple[int, int], kind: str, factor:
     check_workplace(hole_of(kind, *size), factor, 256, 64)
 
 
-@pytest.mark.parametrize("size", [(2047, 100), (700, 700)])
-def test_so_they_are_where_a_cell_is_a_pixel(size: tuple[int, int]) -> None:
-    check_workplace(hole_of("block", *size), 1, 512, 128)
+@pytest.mark.parametrize("kind", ["full", "block"])
+@pytest.mark.parametrize("size", [(2047, 100), (700, 707)])
+def test_so_they_are_where_a_cell_is_a_pixel(size: tuple[int, int], kind: str) -> None:
+    check_workplace(hole_of(kind, *size), 1, 512, 128)
 
 
 @pytest.mark.parametrize("factor", FACTORS)
