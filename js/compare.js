@@ -342,10 +342,6 @@ function nodeAt(key) {
   return graph?.getNodeById(id)
 }
 
-function keyOf(node) {
-  return node.graph && node.graph !== app.rootGraph ? `${node.graph.id}:${node.id}` : String(node.id)
-}
-
 addStyle()
 
 app.registerExtension({
@@ -353,11 +349,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass === NODE) addView(node)
   },
-  // After an undo.
-  loadedGraphNode(node) {
-    views.get(node)?.show(app.nodeOutputs[keyOf(node)])
-  },
-  // After a change of tabs, and for a run picked from the queue.
+  // After an undo, after a change of tabs, and for a run picked from the queue.
   onNodeOutputsUpdated(outputs) {
     for (const [key, output] of Object.entries(outputs)) views.get(nodeAt(key))?.show(output)
   }

@@ -49,8 +49,8 @@ def with_known(model: ModelPatcher, latent: torch.Tensor, mask: torch.Tensor, st
 
     `latent` is [B, C, h, w], as VAE Encode gives it; `mask` [H, W] or [B, H, W] of any size, 1 = hole, averaged over the
     cells of the latent. Each count is 1 or the batch's. `strength` 1 is the paper, 0 the model as it was before; a second
-    call replaces the first. Euler, DDIM and Euler ancestral take the paper's step exactly; other samplers get z0' as the
-    model's prediction, which takes the noise prediction along.
+    call replaces the first. Euler, DDIM and (but for flow models) Euler ancestral take the paper's step exactly; other
+    samplers get z0' as the model's prediction, which takes the noise prediction along.
 
     Raises ValueError for a latent that isn't finite or [B, C, h, w], and for a mask that is none. Sampling raises it for
     latents of another size.
@@ -101,6 +101,8 @@ def _sample(
                 x0 = torch.lerp(latent_image, x0, denoise_mask)
         callback(step, x0, *rest)
 
+    # UniPC writes into the schedule.
+    ends_clean = float(sigmas[-1]) == 0.0
     out = executor(
         guider,
         sigmas,
@@ -112,7 +114,7 @@ def _sample(
         *args,
         **kwargs,
     )
-    if float(sigmas[-1]) > 0.0:
+    if not ends_clean:
         return out
     # Samplers of several stages end near the known latent, not at it.
     known = run.weight == 1.0 if denoise_mask is None else (run.weight == 1.0) & (denoise_mask == 1.0)

@@ -135,6 +135,16 @@ async function press(page, name) {
   await page.locator(ROOT).getByRole('button', { name, exact: true }).click()
 }
 
+/** Opens a new tab, empty, and comes back. */
+async function changeTabs(page) {
+  const command = (name) => page.evaluate((name) => window.app.extensionManager.command.execute(name), name)
+  const active = () => page.evaluate(() => window.app.extensionManager.workflow.activeWorkflow.path)
+  const here = await active()
+  await command('Comfy.NewBlankWorkflow')
+  await counted(page, 0)
+  while ((await active()) !== here) await command('Workspace.PreviousOpenedWorkflow')
+}
+
 /** Plays with the slider, the layers and the batch; returns what is seen after each step, with a screenshot of the stage. */
 async function play(page, shape, job, prefix) {
   const steps = {}
@@ -228,10 +238,7 @@ async function live(page, shape, job) {
   await shown(page)
   found.undone = await page.evaluate(views)
 
-  const command = (name) => page.evaluate((name) => window.app.extensionManager.command.execute(name), name)
-  await command('Comfy.NewBlankWorkflow')
-  await counted(page, 0)
-  await command('Workspace.PreviousOpenedWorkflow')
+  await changeTabs(page)
   await shown(page)
   found.otherTab = await page.evaluate(views)
 
@@ -251,10 +258,7 @@ async function live(page, shape, job) {
   await page.evaluate(enter)
   await shown(page)
   found.undoneInSubgraph = await page.evaluate(views)
-  await command('Comfy.NewBlankWorkflow')
-  await counted(page, 0)
-  await command('Workspace.PreviousOpenedWorkflow')
-  await page.waitForFunction(() => window.app.rootGraph.subgraphs.size, undefined, { timeout: RUN })
+  await changeTabs(page)
   await page.evaluate(enter)
   await shown(page)
   found.otherTabInSubgraph = await page.evaluate(views)
