@@ -93,7 +93,7 @@ class Workplace:
             total[:, rows, columns] += weight[..., None] * part.to(otherwise)
             count[rows, columns] += weight
         count = count[..., None]
-        return torch.where(count > 0, total / count.clamp(min=1e-6), otherwise)
+        return torch.where(count > 0, total / count.clamp(min=torch.finfo(count.dtype).tiny), otherwise)
 
 
 def widened(mask: torch.Tensor, pixels: float) -> torch.Tensor:
@@ -141,13 +141,23 @@ def find_workplace(hole: torch.Tensor, factor: int, tile: int, overlap: int) -> 
 def _softened(cells: torch.Tensor, factor: int) -> torch.Tensor:
     """A mask [1, 1, h, w] after a Gaussian, as if it went on beyond the border as it is there."""
     reach = max(1, _REACH_PIXELS // factor)
-    distance = torch.arange(-reach, reach + 1, dtype=torch.float32, device=cells.device)
+    # In double precision: a GPU's fast arithmetic would leave a full hole visibly below 1.
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64, device=cells.device)
     kernel = torch.exp(-0.5 * (distance * factor / _SOFT_PIXELS) ** 2)
     kernel = kernel / kernel.sum()
-    cells = F.pad(cells, (reach,) * 4, mode="replicate")
-    cells = F.conv2d(F.conv2d(cells, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
-    # Rounding leaves a full hole a little below 1.
-    return torch.where(cells > 1 - 1e-5, 1.0, cells)
+    height, width = cells.shape[-2:]
+    rows, columns = (_near((cells[0, 0] > 0).any(dim), reach) for dim in (1, 0))
+    window = F.pad(cells[..., rows, columns].double(), (reach,) * 4, mode="replicate")
+    window = F.conv2d(F.conv2d(window, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    soft = cells.new_zeros(1, 1, height, width)
+    soft[..., rows, columns] = torch.where(window > 1.0 - 1e-9, 1.0, window).to(soft)
+    return soft
+
+
+def _near(lines: torch.Tensor, reach: int) -> slice:
+    """The lines from `reach` before the first True one to `reach` after the last."""
+    found = lines.nonzero()[:, 0]
+    return slice(max(0, int(found[0]) - reach), int(found[-1]) + 1 + reach)
 
 
 def _cut(pictures: torch.Tensor, box: Box) -> torch.Tensor:
@@ -157,20 +167,28 @@ def _cut(pictures: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def _part(pictures: torch.Tensor, size: tuple[float, float], box: Box) -> torch.Tensor:
-    """A box of pictures [B, h, w, C] resized to `size` (height, width), of which whole pixels exist."""
-    if (float(pictures.shape[1]), float(pictures.shape[2])) != (float(size[0]), float(size[1])):
-        # Resized to whole pixels, what lies far from the corner would move.
-        scale = [(1 + 1e-9) * wanted / given for wanted, given in zip(size, pictures.shape[1:3], strict=True)]
-        planes = F.interpolate(
-            pictures.movedim(-1, 1).float(),
-            scale_factor=scale,
-            mode="bicubic",
-            antialias=True,
-            align_corners=False,
-            recompute_scale_factor=False,
-        )
-        pictures = planes.movedim(1, -1).clamp(0.0, 1.0)
-    return _cut(pictures, box)
+    """A box of pictures [B, h, w, C] resized to `size` (height, width), which need not be whole pixels."""
+    height, width = pictures.shape[1:3]
+    if (float(height), float(width)) == (float(size[0]), float(size[1])):
+        return _cut(pictures, box)
+    # The library's resizing takes whole sizes: what lies far from the corner would move by up to a cell.
+    down = _resampling(height, size[0], box.top, box.bottom).to(pictures.device)
+    across = _resampling(width, size[1], box.left, box.right).to(pictures.device)
+    lines = torch.einsum("yh,bhwc->bywc", down, pictures.float())
+    return torch.einsum("xw,bywc->byxc", across, lines).clamp(0.0, 1.0)
+
+
+def _resampling(given: int, wanted: float, start: int, stop: int) -> torch.Tensor:
+    """Weights [stop - start, given] that make lines of `given` pixels `wanted` long: bicubic, anti-aliased, mirrored beyond."""
+    scale = given / wanted
+    position = mirrored(start, stop, math.ceil(wanted), torch.device("cpu"))
+    # The last pixel may lie in part beyond the line.
+    centre = ((position.double() + 0.5) * scale).clamp(max=given)
+    distance = (torch.arange(given) + 0.5 - centre[:, None]).abs() / max(1.0, scale)
+    near = (1.5 * distance - 2.5) * distance**2 + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    weight = torch.where(distance <= 1.0, near, torch.where(distance < 2.0, far, 0.0))
+    return (weight / weight.sum(1, keepdim=True)).float()
 
 
 def _scaled(box: Box, scale: int) -> Box:
