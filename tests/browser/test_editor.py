@@ -26,12 +26,14 @@ GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 STEPS = {"classic": 2, "nodes2": 3}
 MEGAPIXELS, NATIVE = 0.1, 256
 PHOTO = (512, 384)
+LONG = ("multi_turn_sd15", "upscale_2k_sd15")
 HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
 # The random checkpoint that stands in for the model that a graph names: family, inpainting.
 STAND_INS = {
     "sd-v1-5-inpainting.safetensors": ("sd15", True),
     "512-inpainting-ema.safetensors": ("sd2", True),
     "sd_xl_base_1.0.safetensors": ("sdxl", False),
+    "x4-upscaler-ema.safetensors": ("x4", False),
 }
 
 
@@ -49,6 +51,7 @@ def changes(mode: str, name: str) -> dict[str, dict[str, Any]]:
         "KSampler": {"steps": STEPS[mode]},
         "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
         "TrueFillCropRegion": {"native_size": NATIVE},
+        "TrueFillUpscale": {"steps": STEPS[mode] - 1, "tile": 0},
     }
     present = {node["class_type"] for node in api_graph(name).values()}
     return {node_type: widgets for node_type, widgets in wanted.items() if node_type in present}
@@ -74,8 +77,11 @@ def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]]) -> 
             "file": str(WORKFLOWS / f"{name}.json"),
             "id": editor_graph(name)["id"],
             "changes": changes(mode, name),
+            # Of the long ones, running in one mode is enough.
+            "runs": mode == "classic" or name not in LONG,
         }
-        for name in GRAPHS
+        # Help is asked for in the last one, which has to fit beside its panel.
+        for name in sorted(GRAPHS, key=lambda name: name.startswith("text_inpaint"))
     ]
     return drive("drive.cjs", comfyui, mode, graphs=graphs, help=HELP)
 
@@ -115,6 +121,9 @@ def test_drawn_nodes_do_not_overlap_and_show_their_text(name: str, report: dict[
 @pytest.mark.parametrize("name", GRAPHS)
 def test_run_button_brings_the_picture(name: str, report: dict[str, Any], mode: str, comfyui: Server) -> None:
     result = report["graphs"][name]["result"]
+    if result is None:
+        assert (mode, name) in [("nodes2", long) for long in LONG]
+        return
     query = urllib.parse.parse_qs(urllib.parse.urlsplit(result["source"]).query)
     filename, subfolder = query["filename"][0], query["subfolder"][0]
 
