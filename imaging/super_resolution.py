@@ -141,16 +141,23 @@ def find_workplace(hole: torch.Tensor, factor: int, tile: int, overlap: int) -> 
 def _softened(cells: torch.Tensor, factor: int) -> torch.Tensor:
     """A mask [1, 1, h, w] after a Gaussian, as if it went on beyond the border as it is there."""
     reach = max(1, _REACH_PIXELS // factor)
-    # In double precision: a GPU's fast arithmetic would leave a full hole visibly below 1.
-    distance = torch.arange(-reach, reach + 1, dtype=torch.float64, device=cells.device)
+    distance = torch.arange(-reach, reach + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (distance * factor / _SOFT_PIXELS) ** 2)
-    kernel = kernel / kernel.sum()
+    taps = (kernel / kernel.sum()).tolist()
     height, width = cells.shape[-2:]
     rows, columns = (_near((cells[0, 0] > 0).any(dim), reach) for dim in (1, 0))
-    window = F.pad(cells[..., rows, columns].double(), (reach,) * 4, mode="replicate")
-    window = F.conv2d(F.conv2d(window, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    window = cells[..., rows, columns]
+    size = window.shape[-2:]
+    window = F.pad(window, (reach,) * 4, mode="replicate")
+    # Tap by tap: a convolution of one channel unfolds into as many copies on a CPU, and a GPU may round it to ten bits.
+    for dim in (2, 3):
+        total = torch.zeros_like(window.narrow(dim, 0, size[dim - 2]))
+        for start, tap in enumerate(taps):
+            total.add_(window.narrow(dim, start, size[dim - 2]), alpha=tap)
+        window = total
     soft = cells.new_zeros(1, 1, height, width)
-    soft[..., rows, columns] = torch.where(window > 1.0 - 1e-9, 1.0, window).to(soft)
+    # Rounding leaves a full hole a little below 1.
+    soft[..., rows, columns] = torch.where(window > 1.0 - 1e-5, 1.0, window)
     return soft
 
 
