@@ -6,6 +6,7 @@
 const { READY, drawn, main } = require('./page.cjs')
 
 const SHOW = 15_000
+const NOTE = '.comfy-markdown .tiptap, .comfy-markdown-content'
 const RUN = 180_000
 
 async function drop(page, file) {
@@ -113,6 +114,8 @@ main(async (page, job, report) => {
     await drop(page, file)
     await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
     await drawn(page)
+    // The editor renders a note after everything else.
+    await page.locator(NOTE).filter({ visible: true }).first().waitFor({ timeout: SHOW })
     const picture = `${job.pictures}/${name}-${mode}`
     const found = await page.evaluate(seen)
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)

@@ -16,10 +16,11 @@ from truefill_testing.host import host_path
 
 @pytest.fixture(scope="session")
 def comfyui() -> Iterator[Server]:
-    """A running ComfyUI. Its checkpoints are <family>.safetensors and <family>-inpainting.safetensors."""
+    """A running ComfyUI. Its checkpoints are <family>.safetensors, <family>-inpainting.safetensors and x4.safetensors."""
     for family in FAMILIES:
         for inpainting in (False, True):
             checkpoint(family, inpainting)
+    checkpoint("x4", inpainting=False)
     # People unpack the pack into folders of all kinds of names.
     options = {"pack_folder": "ComfyUI-TrueFill main (1)", "models": [models_folder()], "log_name": "test-server"}
     with Server(host_path(), Path(sys.executable), **options) as server:

@@ -53,7 +53,8 @@ def test_pack_is_loaded_from_a_folder_of_any_name(comfyui: Server, server: Clien
 def test_all_random_checkpoints_are_offered(server: Client) -> None:
     names = server.object_info()["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
     families = ("sd15", "sd2", "sdxl")
-    assert set(names) == {f"{f}{kind}.safetensors" for f in families for kind in ("", "-inpainting")}
+    pairs = {f"{f}{kind}.safetensors" for f in families for kind in ("", "-inpainting")}
+    assert set(names) == pairs | {"x4.safetensors"}
 
 
 def test_run_returns_pictures_and_reports_progress(server: Client) -> None:
