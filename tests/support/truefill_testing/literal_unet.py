@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .host import ensure_host
 from .literal_painta import Painta, Place
@@ -144,9 +145,9 @@ def _transformer_block(block, x, place: Place, grid, forward: _Forward):
     context, painta = forward.context, forward.painta
 
     n = _layer_norm(block.norm1, x)
-    scores = _scores(block.attn1, n, n)
-    y = _output(block.attn1, scores, n)
+    y = _self_attention(block.attn1, n)
     if painta is not None and painta.applies(place, forward.factor):
+        scores = _scores(block.attn1, n, n)
         cross = _scores(block.attn2, _layer_norm(block.norm2, x + y), context)
         y = _output(block.attn1, painta.reweight(place, grid, scores, cross), n)
     x = x + y
@@ -160,6 +161,22 @@ def _transformer_block(block, x, place: Place, grid, forward: _Forward):
     n = _layer_norm(block.norm3, x)
     values, gates = _linear(block.ff.net[0].proj, n).chunk(2, dim=-1)
     return x + _linear(block.ff.net[2], values * F.gelu(gates))
+
+
+def _self_attention(attention, x):
+    """to_out(softmax(A) V) with A from x [rows, N, channels] to itself.
+
+    One head at a time, and computed again for the derivative: at 1/8 of a picture all matrices together take gigabytes.
+    """
+    q, k, v = (_split_heads(attention, _linear(to, x)) for to in (attention.to_q, attention.to_k, attention.to_v))
+
+    def one_head(q, k, v):
+        return (q @ k.mT / math.sqrt(attention.dim_head)).softmax(dim=-1) @ v
+
+    heads = [
+        checkpoint(one_head, *(part[:, head] for part in (q, k, v)), use_reentrant=False) for head in range(q.shape[1])
+    ]
+    return _linear(attention.to_out[0], torch.cat(heads, dim=-1))
 
 
 def _scores(attention, queries_from, keys_from):
