@@ -67,9 +67,9 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
-    folder, python = _prepare("pytest", "hypothesis", "xdist")
+    folder, python = _prepare("pytest", "hypothesis", "xdist", "segment_anything")
     # All of them: side by side, for most need one core and wait for servers and browsers besides.
-    return _call(python, folder, ["-c", _RUN_MODULE, "pytest", *(rest or ["-n", "2", "--dist", "loadgroup"])])
+    return _call(python, folder, ["-c", _RUN_MODULE, "pytest", *(rest or ["-n", "2", "--dist", "loadfile"])])
 
 
 def _lint(options: argparse.Namespace, rest: list[str]) -> int:

@@ -1,92 +1,55 @@
-"""The demo: the shipped graph on a checkpoint of random weights, from nothing to a picture."""
+"""The demo: the shipped graph that needs no download, on a real ComfyUI, as one picture."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from .client import Graph, GraphFailed, GraphRejected, Progress, Result, ServerGone
-from .paths import CACHE, ROOT, UserError
+from .paths import ROOT, UserError
 from .server import Server
 
-GRAPH = ROOT / "workflows" / "api" / "text_inpaint_sd15.json"
+GRAPH = ROOT / "workflows" / "api" / "try_without_downloads.json"
 OUTPUT = ROOT / "demo-output"
-STEPS = 8
+RESULTS = ("Plain", "PAIntA + RASG")
+"""Titles of the graph's nodes that save a picture."""
 
-_WORDS = {"KSampler": "sampling", "CheckpointLoaderSimple": "loading the checkpoint", "VAEDecode": "decoding"}
 
-
-def _only(graph: Graph, class_type: str) -> dict[str, Any]:
-    """The graph's node of this type; UserError where there is not exactly one."""
-    found = [node for node in graph.values() if node["class_type"] == class_type]
+def _only(graph: Graph, what: str, **wanted: str) -> tuple[str, dict[str, Any]]:
+    """The graph's one node with this class or title; UserError where there is not exactly one."""
+    found = [
+        (node_id, node)
+        for node_id, node in graph.items()
+        if all({**node, "title": node.get("_meta", {}).get("title")}[key] == value for key, value in wanted.items())
+    ]
     if len(found) != 1:
-        raise UserError(f"The demo's graph needs exactly one {class_type} node; {GRAPH.name} has {len(found)}.")
+        raise UserError(f"The demo's graph needs exactly one {what}; {GRAPH.name} has {len(found)}.")
     return found[0]
 
 
-def prepare(graph: Graph, checkpoint: str, steps: int = STEPS) -> dict[str, str]:
-    """Point the graph at the checkpoint, shorten it, and save what goes into the composite.
+def prepare(graph: Graph) -> dict[str, str]:
+    """Show the graph's pictures instead of saving them, and its scene and mask besides.
 
-    Changes the graph in place; returns the node ids of the pictures "input", "mask" and "result".
+    Changes the graph in place; returns the node ids of the pictures, in the order in which to show them.
     """
-    _only(graph, "CheckpointLoaderSimple")["inputs"]["ckpt_name"] = checkpoint
-    sampler = _only(graph, "KSampler")["inputs"]
-    sampler["steps"] = min(sampler["steps"], steps)
-    composite = _only(graph, "ImageCompositeMasked")
-    composite_id = next(node_id for node_id, node in graph.items() if node is composite)
-    added = {
-        "demo_input": ("PreviewImage", {"images": composite["inputs"]["destination"]}),
-        "demo_mask_image": ("MaskToImage", {"mask": composite["inputs"]["mask"]}),
-        # The composite scales the mask to the picture in the same way.
-        "demo_size": ("GetImageSize", {"image": composite["inputs"]["destination"]}),
-        "demo_mask_scaled": (
-            "ImageScale",
-            {
-                "image": ["demo_mask_image", 0],
-                "upscale_method": "bilinear",
-                "width": ["demo_size", 0],
-                "height": ["demo_size", 1],
-                "crop": "disabled",
-            },
-        ),
-        "demo_mask": ("PreviewImage", {"images": ["demo_mask_scaled", 0]}),
-        "demo_result": ("PreviewImage", {"images": [composite_id, 0]}),
-    }
-    for node_id, (class_type, inputs) in added.items():
-        graph[node_id] = {"class_type": class_type, "inputs": inputs}
-    return {"input": "demo_input", "mask": "demo_mask", "result": "demo_result"}
-
-
-def random_checkpoint(host: Path, python: Path, models: Path, name: str) -> None:
-    """Write the random SD1.5-inpainting checkpoint under this name unless it is there."""
-    path = models / "checkpoints" / name
-    if path.is_file():
-        return
-    print("Writing a checkpoint of random weights in the format of SD1.5-inpainting ...", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    script = ROOT / "devtools" / "random_checkpoints.py"
-    command = [str(python), str(script), str(host), "sd15", str(path), "--inpainting"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=models)
-    if done.returncode:
-        raise UserError(f"The random checkpoint could not be written:\n{done.stderr.strip()[-2000:]}")
-
-
-def models_folder() -> Path:
-    """The cache folder for checkpoints of the present writer."""
-    source = (ROOT / "devtools" / "random_checkpoints.py").read_bytes()
-    return CACHE / "demo-models" / hashlib.sha256(source).hexdigest()[:12]
+    photo, _ = _only(graph, "Example Photo node", class_type="TrueFillExamplePhoto")
+    nodes = {"scene": "demo_scene", "mask": "demo_mask"}
+    for title in RESULTS:
+        nodes[title], node = _only(graph, f"node with the title {title}", title=title)
+        node.update(class_type="PreviewImage", inputs={"images": node["inputs"]["images"]})
+    graph["demo_scene"] = {"class_type": "PreviewImage", "inputs": {"images": [photo, 0]}}
+    graph["demo_mask_image"] = {"class_type": "MaskToImage", "inputs": {"mask": [photo, 1]}}
+    graph["demo_mask"] = {"class_type": "PreviewImage", "inputs": {"images": ["demo_mask_image", 0]}}
+    return nodes
 
 
 def _show(progress: Progress) -> None:
-    what = _WORDS.get(progress.node_type, progress.node_type)
-    if progress.maximum:
-        print(f"  {what} {progress.value}/{progress.maximum}", flush=True)
-    else:
-        print(f"  {what} ...", flush=True)
+    if progress.node_type == "KSampler" and progress.maximum:
+        print(f"  sampling {progress.value}/{progress.maximum}", flush=True)
 
 
 def _run(server: Server, graph: Graph) -> Result:
@@ -98,17 +61,17 @@ def _run(server: Server, graph: Graph) -> Result:
 
 def _join(python: Path, result: Result, nodes: dict[str, str]) -> Path:
     OUTPUT.mkdir(exist_ok=True)
-    target = OUTPUT / "input-mask-result.png"
+    target = OUTPUT / "scene-mask-plain-ours.png"
     target.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         paths = []
         for name, node_id in nodes.items():
             if not result.images.get(node_id):
                 raise UserError(f"The graph finished without a picture for the {name}.")
-            path = Path(folder) / f"{name}.png"
+            path = Path(folder) / f"{node_id}.png"
             path.write_bytes(result.images[node_id][0])
             paths.append(str(path))
-        command = [str(python), str(ROOT / "devtools" / "picture.py"), *paths, str(target)]
+        command = [str(python), str(ROOT / "devtools" / "picture.py"), str(target), *paths]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     said = done.stdout.strip() or done.stderr.strip()
     if done.returncode:
@@ -119,23 +82,17 @@ def _join(python: Path, result: Result, nodes: dict[str, str]) -> Path:
 
 def demo(host: Path, python: Path) -> None:
     """Run the shipped graph and write the picture; raises UserError where that fails."""
+    started = time.monotonic()
     try:
         graph: Graph = json.loads(GRAPH.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"The demo's graph {GRAPH} is missing; restore it from git.") from None
-    name = _only(graph, "CheckpointLoaderSimple")["inputs"]["ckpt_name"]
-    checkpoint = Path(name).stem + ".safetensors"
-    if checkpoint != name:
-        print(f"The graph names {name}; the demo writes and loads {checkpoint} in its place.")
-    print("There is no trained demo model yet: the checkpoint's weights are random, so the hole shows noise.")
-    random_checkpoint(host, python, models_folder(), checkpoint)
-    asked = _only(graph, "KSampler")["inputs"]["steps"]
-    nodes = prepare(graph, checkpoint)
-    if asked > STEPS:
-        print(f"Sampling {STEPS} steps instead of the graph's {asked}, about a minute on two CPU cores.")
+    nodes = prepare(graph)
     print("Starting ComfyUI ...", flush=True)
-    with Server(host, python, models=[models_folder()], log_name="demo") as server:
+    with Server(host, python, log_name="demo") as server:
         print(f"ComfyUI with TrueFill answers at {server.address}; its log is {server.log}", flush=True)
         result = _run(server, graph)
     target = _join(python, result, nodes)
-    print(f"Done in {result.seconds:.0f} s. The picture (input, mask, result side by side): {target}")
+    _, prompt = _only(graph, "Encode Prompt node", class_type="TrueFillEncodePrompt")
+    print(f"The prompt: {prompt['inputs']['prompt']}")
+    print(f"Done in {time.monotonic() - started:.0f} s. Scene, hole, {', '.join(RESULTS)}, side by side: {target}")

@@ -279,15 +279,6 @@ def main() -> int:
         return 0
     import torch
 
-    files = pack_module("weights.demo_model").FILES.values()
-    missing = [name for name in files if not (options.weights / name).is_file()]
-    if missing:
-        print(
-            f"bench accuracy: {options.weights} has no {missing[0]}. No trained demo model ships yet: train one "
-            "(training/README.md), export it, and name its folder with --weights.",
-            file=sys.stderr,
-        )
-        return 1
     cuda = torch.cuda.is_available()
     workers = options.workers or (1 if cuda else os.cpu_count() or 1)
     workers = min(workers, len(numbers(options)))

@@ -29,6 +29,8 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from truefill_testing.host import ensure_host, pack_module  # noqa: E402
+from truefill_testing.random_checkpoints import X4_VAE  # noqa: E402
+from truefill_testing.small_models import upscaler_config  # noqa: E402
 
 ensure_host()
 
@@ -47,36 +49,6 @@ region = pack_module("imaging.region")
 region_plan = pack_module("imaging.region_plan")
 
 QUALITY_SIZE = 512
-# What the host's loader finds in x4-upscaler-ema.safetensors.
-X4_UNET = {
-    "image_size": 32,
-    "in_channels": 7,
-    "out_channels": 4,
-    "model_channels": 256,
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "context_dim": 1024,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": (1, 2, 2, 4),
-    "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
-    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-    "transformer_depth_middle": 1,
-    "use_linear_in_transformer": True,
-    "adm_in_channels": None,
-    "use_temporal_attention": False,
-}
-X4_VAE = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 128,
-    "ch_mult": [1, 2, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
 
 
 def texture(size: int, seed: int, batch: int = 1) -> torch.Tensor:
@@ -224,7 +196,7 @@ def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dic
     By the host's formulas; the one for decoding counts 64 pixels for each cell of a latent, of which this VAE has 16.
     """
     upscale = pack_module("model_patches.upscale")
-    config = comfy.supported_models.SD_X4Upscaler(dict(X4_UNET))
+    config = comfy.supported_models.SD_X4Upscaler(upscaler_config(256, 1024))
     config.set_inference_dtype(torch.float16, None)
     cpu = torch.device("cpu")
     unet = comfy.model_patcher.ModelPatcher(config.get_model({}, device=torch.device("meta")), cpu, cpu)

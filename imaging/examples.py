@@ -1,4 +1,4 @@
-"""The photographs that ship with the pack, each with a hole in its alpha channel."""
+"""The pictures that ship with the pack, each with a hole in its alpha channel."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "workflows" / "examples"
 
-EXAMPLES = {"coffee": "coffee.png"}
+EXAMPLES = {"coffee": "coffee.png", "toy scene": "toy.png", "large toy scene": "toy_large.png"}
 """Name and file. Sources and licences: workflows/examples/README.md."""
 
 
 def load_example(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the photograph [1, H, W, 3] and its hole [1, H, W], both float32 in [0, 1].
+    """Returns the picture [1, H, W, 3] and its hole [1, H, W], both float32 in [0, 1].
 
     Raises ValueError for an unknown name and FileNotFoundError where the pack is incomplete.
     """

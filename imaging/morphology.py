@@ -18,6 +18,7 @@ from .masks import as_mask_batch
 
 Where = Literal["inside", "outside", "centered"]
 Curve = Literal["linear", "smooth"]
+Shape = Literal["as it is", "box", "convex hull"]
 
 # Pixels that the search for the nearest row treats at once on a CPU: what is read again and again stays in its cache.
 _PIXELS_IN_CACHE = 1 << 16
@@ -233,6 +234,26 @@ def convex_hull(mask: torch.Tensor) -> torch.Tensor:
         right[picture, span] = torch.from_numpy(-_lower_envelope(rows, -rights)).to(right.device)
     columns = torch.arange(hole.shape[2], device=hole.device)
     return ((columns >= left[:, :, None]) & (columns <= right[:, :, None]))[:, None].float()
+
+
+def clean(
+    mask: torch.Tensor, specks: float = 0, islands: float = 0, smooth: float = 0, shape: Shape = "as it is"
+) -> torch.Tensor:
+    """What a detector or a quick brush left, made usable.
+
+    In this order: parts of the hole of fewer than `specks` pixels vanish, known islands of up to `islands` pixels become
+    hole, the outline is opened and closed by `smooth` pixels, and the hole turns into its `shape`. 0 skips a step. Raises
+    ValueError for numbers below 0 and for another shape.
+    """
+    _require_one_of("shape", shape, get_args(Shape))
+    cleaned = remove_specks(mask, specks)
+    if islands:
+        cleaned = fill_holes(cleaned, islands)
+    if smooth:
+        cleaned = stabilise(cleaned, smooth)
+    if shape == "as it is":
+        return cleaned
+    return box(cleaned) if shape == "box" else convex_hull(cleaned)
 
 
 def _distance(members: torch.Tensor, limit: float) -> torch.Tensor:

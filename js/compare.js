@@ -1,12 +1,10 @@
 // The view on the node Compare (TrueFill): before and after with a divider, the mask's outline, the heat map.
 import { app } from '../../scripts/app.js'
-import { api } from '../../scripts/api.js'
+import { MARGIN, addStyle, address, button, forwardToCanvas, maker, nodeAt, onResult, point } from './dom.js'
 
 const NODE = 'TrueFillCompare'
 const START_SIZE = [420, 500]
 const MIN_HEIGHT = 280
-// The classic canvas keeps so much free above and below a widget.
-const MARGIN = 10
 const OUTLINE = { side: 768, line: 3, colour: [0, 229, 255], edge: [0, 0, 0] }
 const AROUND = [[-1, -1], [0, -1], [1, -1], [-1, 0], [1, 0], [-1, 1], [0, 1], [1, 1]]
 const STEPS = {
@@ -64,40 +62,10 @@ const STYLE = `
 .truefill-compare-figures:empty { display: none; }
 `
 
-function addStyle() {
-  const style = document.createElement('style')
-  style.textContent = STYLE
-  document.head.append(style)
-}
-
-/** An element of class `truefill-compare-<name>`: properties, attributes (those with a dash, and `role`), children. */
-function make(tag, name, properties = {}, ...children) {
-  const element = document.createElement(tag)
-  if (name) element.className = `truefill-compare-${name}`
-  for (const [key, value] of Object.entries(properties)) {
-    if (key === 'role' || key.includes('-')) element.setAttribute(key, value)
-    else element[key] = value
-  }
-  element.append(...children)
-  return element
-}
-
-function button(text, title, onclick, label = text) {
-  return make('button', '', { type: 'button', textContent: text, title, onclick, 'aria-label': label })
-}
+const make = maker('truefill-compare')
 
 function picture(name) {
   return make('img', '', { alt: name, draggable: false })
-}
-
-function address(file) {
-  return file ? api.apiURL(`/view?${new URLSearchParams(file)}`) : ''
-}
-
-/** Lets an image show an address, or nothing where it is empty; loads nothing twice. */
-function point(image, source) {
-  image.hidden = !source
-  if (source && image.getAttribute('src') !== source) image.src = source
 }
 
 /** Draws a line along the inside of all that is not black in a mask, with a dark line inside of that. */
@@ -298,22 +266,6 @@ class CompareView {
   }
 }
 
-/** Zooming with the wheel and panning with the middle button go on over the widget. */
-function forwardToCanvas(element) {
-  const handlers = { pointerdown: 'processMouseDown', pointermove: 'processMouseMove', pointerup: 'processMouseUp' }
-  for (const [type, handler] of Object.entries(handlers)) {
-    element.addEventListener(type, (event) => {
-      if (event.button === 1 || event.buttons & 4) app.canvas[handler](event)
-    })
-  }
-  element.addEventListener('wheel', (event) => {
-    // In Nodes 2.0 the node around it does this.
-    if (element.closest('[data-node-id]')) return
-    event.preventDefault()
-    app.canvas.processMouseWheel(event)
-  })
-}
-
 const views = new WeakMap()
 
 function addView(node) {
@@ -328,21 +280,10 @@ function addView(node) {
   })
   widget.serialize = false
   node.setSize(START_SIZE.map((length, axis) => Math.max(length, node.size[axis])))
-  const onExecuted = node.onExecuted
-  node.onExecuted = function (output, ...rest) {
-    onExecuted?.call(this, output, ...rest)
-    view.show(output)
-  }
+  onResult(node, (output) => view.show(output))
 }
 
-/** The node whose outputs the editor keeps under this key: its id, in a subgraph after that one's id and a colon. */
-function nodeAt(key) {
-  const [id, graphId] = String(key).split(':').reverse()
-  const graph = graphId ? app.rootGraph.subgraphs.get(graphId) : app.rootGraph
-  return graph?.getNodeById(id)
-}
-
-addStyle()
+addStyle(STYLE)
 
 app.registerExtension({
   name: 'TrueFill.Compare',

@@ -1,4 +1,4 @@
-"""The pack's nodes, one module per step of the job: 1 mask ... 6 finish."""
+"""The pack's nodes, one module per step of the job: 0 load, 1 mask ... 6 finish."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -6,6 +6,7 @@ from .compare import TrueFillCompare
 from .condition import TrueFillEncodePrompt
 from .finish import TrueFillHarmonize, TrueFillStitchRegion
 from .guide import TrueFillPAIntA, TrueFillRASG
+from .load import TrueFillDemoModel
 from .mask import (
     TrueFillCleanMask,
     TrueFillExamplePhoto,
@@ -14,17 +15,22 @@ from .mask import (
     TrueFillMaskShape,
 )
 from .region import TrueFillCropRegion, TrueFillFillHole
+from .segment import TrueFillLoadSegmenter, TrueFillPoints, TrueFillSegment
 from .upscale import TrueFillBlendKnown, TrueFillUpscale
 
 
 class TrueFillExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
+            TrueFillDemoModel,
+            TrueFillLoadSegmenter,
             TrueFillExamplePhoto,
             TrueFillGrowMask,
             TrueFillFeatherMask,
             TrueFillCleanMask,
             TrueFillMaskShape,
+            TrueFillPoints,
+            TrueFillSegment,
             TrueFillCropRegion,
             TrueFillFillHole,
             TrueFillEncodePrompt,

@@ -16,12 +16,12 @@ class TrueFillExamplePhoto(io.ComfyNode):
             node_id="TrueFillExamplePhoto",
             display_name="Example Photo (TrueFill)",
             category="TrueFill/1 mask",
-            description="A photograph that ships with TrueFill, with a hole to fill, so that a workflow runs before you have "
+            description="A picture that ships with TrueFill, with a hole to fill, so that a workflow runs before you have "
             "picked one of yours. Replace it by Load Image: paint the hole there with Open in MaskEditor.",
             search_aliases=["demo image", "sample image", "test picture", "load image"],
-            inputs=[io.Combo.Input("photo", options=list(EXAMPLES), tooltip="Which photograph.")],
+            inputs=[io.Combo.Input("photo", options=list(EXAMPLES), tooltip="Which picture.")],
             outputs=[
-                io.Image.Output(tooltip="The photograph."),
+                io.Image.Output(tooltip="The picture."),
                 io.Mask.Output(tooltip="Its hole: 1 where the picture shall change."),
             ],
         )
@@ -154,7 +154,7 @@ class TrueFillCleanMask(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "shape",
-                    options=["as it is", "box", "convex hull"],
+                    options=list(get_args(morphology.Shape)),
                     default="as it is",
                     tooltip="What the hole of each picture is turned into at the end.",
                 ),
@@ -164,18 +164,9 @@ class TrueFillCleanMask(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, mask: io.Mask.Type, remove_specks: int, fill_islands: int, smooth: float, shape: str
+        cls, mask: io.Mask.Type, remove_specks: int, fill_islands: int, smooth: float, shape: morphology.Shape
     ) -> io.NodeOutput:
-        cleaned = morphology.remove_specks(mask, remove_specks)
-        if fill_islands:
-            cleaned = morphology.fill_holes(cleaned, fill_islands)
-        if smooth:
-            cleaned = morphology.stabilise(cleaned, smooth)
-        if shape == "box":
-            cleaned = morphology.box(cleaned)
-        elif shape == "convex hull":
-            cleaned = morphology.convex_hull(cleaned)
-        return io.NodeOutput(cleaned[:, 0])
+        return io.NodeOutput(morphology.clean(mask, remove_specks, fill_islands, smooth, shape)[:, 0])
 
 
 class TrueFillMaskShape(io.ComfyNode):

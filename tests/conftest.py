@@ -34,11 +34,3 @@ def _fixed_seed() -> None:
 def pytest_configure() -> None:
     # The models are tiny: one thread is fastest, and rounds the same on every machine.
     torch.set_num_threads(1)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Side by side, what shares a server or other costly fixtures stays together.
-    for item in items:
-        folder = item.path.parent
-        together = folder if folder.name in ("host", "browser") else item.path
-        item.add_marker(pytest.mark.xdist_group(str(together.relative_to(host.ROOT))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import socket
 import struct
 import subprocess
@@ -16,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from devtools import demo
 from devtools import server as server_module
 from devtools.client import Client, ServerGone
-from devtools.demo import prepare
 from devtools.paths import ROOT, UserError
 from devtools.server import Server, link_pack
 from devtools.websocket import ConnectionLost, WebSocket
@@ -207,22 +208,23 @@ def test_client_says_when_nobody_answers() -> None:
         Client(f"http://127.0.0.1:{server_module.free_port()}").run({})
 
 
-def test_demo_graph_gets_the_checkpoint_fewer_steps_and_the_three_pictures() -> None:
-    def node(class_type: str, **inputs) -> dict:
-        return {"class_type": class_type, "inputs": inputs}
+def test_demo_graph_shows_its_pictures_instead_of_saving_them() -> None:
+    graph = json.loads(demo.GRAPH.read_text(encoding="utf-8"))
+    nodes = demo.prepare(graph)
+    assert list(nodes) == ["scene", "mask", "Plain", "PAIntA + RASG"]
+    assert {graph[node_id]["class_type"] for node_id in nodes.values()} == {"PreviewImage"}
+    assert not any(node["class_type"] == "SaveImage" for node in graph.values())
+    photo = next(node_id for node_id, node in graph.items() if node["class_type"] == "TrueFillExamplePhoto")
+    assert graph[nodes["scene"]]["inputs"]["images"] == [photo, 0]
+    assert graph["demo_mask_image"]["inputs"]["mask"] == [photo, 1]
 
-    graph = {
-        "1": node("CheckpointLoaderSimple", ckpt_name="a.ckpt"),
-        "2": node("KSampler", steps=30),
-        "3": node("ImageCompositeMasked", destination=["5", 0], source=["6", 0], mask=["5", 1]),
-    }
-    assert prepare(graph, "b.safetensors", 8) == {"input": "demo_input", "mask": "demo_mask", "result": "demo_result"}
-    assert graph["1"]["inputs"]["ckpt_name"] == "b.safetensors" and graph["2"]["inputs"]["steps"] == 8
-    assert graph["demo_input"]["inputs"]["images"] == ["5", 0] and graph["demo_result"]["inputs"]["images"] == ["3", 0]
-    assert graph["demo_mask_image"]["inputs"]["mask"] == ["5", 1]
-    del graph["2"]
-    with pytest.raises(UserError, match="exactly one KSampler"):
-        prepare(graph, "b.safetensors")
+
+def test_demo_says_what_its_graph_lacks() -> None:
+    graph = json.loads(demo.GRAPH.read_text(encoding="utf-8"))
+    plain = next(node for node in graph.values() if node["_meta"]["title"] == "Plain")
+    plain["_meta"]["title"] = "Other"
+    with pytest.raises(UserError, match=r"exactly one node with the title Plain; try_without_downloads\.json has 0"):
+        demo.prepare(graph)
 
 
 def test_changed_known_pixel_fails_the_demo(tmp_path: Path) -> None:
@@ -235,11 +237,11 @@ def test_changed_known_pixel_fails_the_demo(tmp_path: Path) -> None:
     for changed, code in (((3, 3), 0), ((5, 5), 3)):
         result = image.copy()
         result[changed] = 101
-        for name, pixels in (("input", image), ("mask", mask), ("result", result)):
+        for name, pixels in (("scene", image), ("mask", mask), ("same", image), ("result", result)):
             Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        paths = [tmp_path / f"{name}.png" for name in ("input", "mask", "result", "out")]
+        paths = [tmp_path / f"{name}.png" for name in ("out", "scene", "mask", "same", "result")]
         done = subprocess.run(
             [sys.executable, ROOT / "devtools" / "picture.py", *paths], capture_output=True, text=True
         )
         assert done.returncode == code, done.stdout + done.stderr
-        assert Image.open(tmp_path / "out.png").size == (3 * 8 + 2 * 8, 8)
+        assert Image.open(tmp_path / "out.png").size == (4 * 8 + 3 * 8, 8)

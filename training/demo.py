@@ -42,8 +42,8 @@ Settings = loop.Settings
 RUNS = ROOT / ".cache" / "training"
 DEFAULTS = {
     "vae": Settings(steps=6_000, batch=8, learning_rate=1e-3),
-    "text2image": Settings(steps=24_000, batch=16, learning_rate=1e-3),
-    "inpaint": Settings(steps=10_000, batch=16, learning_rate=5e-4),
+    "text2image": Settings(steps=15_000, batch=16, learning_rate=1e-3),
+    "inpaint": Settings(steps=4_500, batch=16, learning_rate=5e-4),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
 }
 DEV_SCENES = 256

@@ -25,7 +25,8 @@ GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 # Steps in each mode: not the same, or the second picture would come from the host's cache.
 STEPS = {"classic": 2, "nodes2": 3}
 MEGAPIXELS, NATIVE = 0.1, 256
-PHOTO = (512, 384)
+EXAMPLES = WORKFLOWS / "examples"
+PHOTOS = {"coffee": "coffee.png", "toy scene": "toy.png", "large toy scene": "toy_large.png"}
 LONG = ("multi_turn_sd15", "upscale_2k_sd15")
 HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
 # The random checkpoint that stands in for the model that a graph names: family, inpainting.
@@ -121,9 +122,10 @@ def test_drawn_nodes_do_not_overlap_and_show_their_text(name: str, report: dict[
 @pytest.mark.parametrize("name", GRAPHS)
 def test_run_button_brings_the_picture(name: str, report: dict[str, Any], mode: str, comfyui: Server) -> None:
     result = report["graphs"][name]["result"]
-    if result is None:
-        assert (mode, name) in [("nodes2", long) for long in LONG]
-        return
+    if (mode, name) in [("nodes2", long) for long in LONG]:
+        pytest.skip(
+            "takes minutes on two cores, so it runs in the classic editor alone; here it is dropped and compared"
+        )
     query = urllib.parse.parse_qs(urllib.parse.urlsplit(result["source"]).query)
     filename, subfolder = query["filename"][0], query["subfolder"][0]
 
@@ -146,7 +148,9 @@ def test_run_button_brings_the_picture(name: str, report: dict[str, Any], mode: 
         if "ImageScaleToTotalPixels" in changes(mode, name):
             assert picture.width * picture.height == pytest.approx(MEGAPIXELS * 2**20, rel=0.05)
         else:
-            assert picture.size == PHOTO
+            (photo,) = (node["inputs"]["photo"] for node in expected.values() if "photo" in node["inputs"])
+            with Image.open(EXAMPLES / PHOTOS[photo]) as shipped:
+                assert picture.size == shipped.size
 
 
 @pytest.mark.parametrize("node_type", HELP)

@@ -44,6 +44,17 @@ def test_an_edge_moves_by_as_many_pixels_as_asked_for():
             assert row["diagonal"] > 1.3 * row["pixels"]
 
 
+def test_memory_goes_by_the_tile():
+    rows = {row["tile"]: row for row in bench.upscaler_memory((512, 1024))}
+    # The weights of the real upscaler in half precision: 473 M of the UNet (the rest is what a tile takes).
+    weights = 2 * 473e6 / 2**30
+    assert weights < rows[512]["sampling"] < rows[1024]["sampling"]
+    assert rows[1024]["sampling"] > 3 * (rows[512]["sampling"] - weights)
+    for row in rows.values():
+        assert 0 < row["decoding"] < row["sampling"]
+    assert bench.upscaler_memory((512,)) == [rows[512]]
+
+
 def test_every_operation_is_timed(capsys):
     rows = bench.speed([64], 2, 1)
     assert {row["operation"] for row in rows} >= {"grow 16", "crop", "stitch", "poisson", "colour"}

@@ -240,6 +240,24 @@ def test_stabilising_removes_specks_first_and_then_bridges_gaps() -> None:
     assert morphology.closing(mask, 1.5)[..., 1, 27].all()
 
 
+@pytest.mark.parametrize("shape", ["box", "convex hull"])
+def test_specks_and_whiskers_are_gone_before_the_shape_is_taken(shape: str) -> None:
+    mask = torch.zeros(1, 1, 40, 40)
+    mask[..., 10:30, 10:30] = 1.0
+    mask[..., 18:22, 18:22] = 0.0
+    expected = torch.zeros(1, 1, 40, 40)
+    expected[..., 10:30, 10:30] = 1.0
+    mask[..., 2, 2] = mask[..., 20, 30:38] = 1.0
+    cleaned = morphology.clean(mask, specks=4, islands=16, smooth=1.5, shape=shape)
+    # Smoothing rounds the corners of a hull.
+    reference = expected if shape == "box" else morphology.opening(expected, 1.5)
+    assert torch.equal(cleaned, reference)
+    assert torch.equal(morphology.clean(mask), mask)
+    assert not morphology.clean(mask, specks=4, islands=15)[..., 18:22, 18:22].any()
+    with pytest.raises(ValueError, match="shape needs to be one of as it is, box, convex hull"):
+        morphology.clean(mask, shape="round")
+
+
 def test_nothing_grows_in_from_the_border_and_nothing_is_eroded_there() -> None:
     mask = torch.zeros(1, 1, 9, 9)
     mask[..., :, :4] = 1.0

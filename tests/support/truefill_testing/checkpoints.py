@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from truefill_testing.host import ROOT, ensure_host, load_package
+from truefill_testing.host import ROOT, ensure_host
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 
@@ -13,15 +13,14 @@ FAMILIES = ("sd15", "sd2", "sdxl")
 def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int = 0) -> Path:
     """Write a random checkpoint of "sd15", "sd2" or "sdxl" that the host's own loader recognises."""
     ensure_host()
-    load_package("devtools", ROOT / "devtools")
-    from devtools.random_checkpoints import write_checkpoint
+    from truefill_testing import random_checkpoints
 
-    return write_checkpoint(path, family, inpainting, seed)
+    return random_checkpoints.write_checkpoint(path, family, inpainting, seed)
 
 
 def models_folder() -> Path:
     """The cache folder, laid out like ComfyUI's `models`, for checkpoints of the present writer."""
-    source = (ROOT / "devtools" / "random_checkpoints.py").read_bytes()
+    source = Path(__file__).with_name("random_checkpoints.py").read_bytes()
     return ROOT / ".cache" / "random-checkpoints" / hashlib.sha256(source).hexdigest()[:12]
 
 

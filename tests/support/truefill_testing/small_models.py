@@ -114,16 +114,16 @@ def small_model(
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def small_upscaler(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A small x4 upscaler on the CPU, as the host makes it of its checkpoint."""
-    unet_config = {
+def upscaler_config(model_channels: int, context_dim: int) -> dict:
+    """What the host's loader finds in x4-upscaler-ema.safetensors, where these two are 256 and 1024."""
+    return {
         "image_size": 32,
         "in_channels": 7,
         "out_channels": 4,
-        "model_channels": 32,
+        "model_channels": model_channels,
         "use_spatial_transformer": True,
         "legacy": False,
-        "context_dim": UPSCALER_CONTEXT_DIM,
+        "context_dim": context_dim,
         "num_res_blocks": [2, 2, 2, 2],
         "channel_mult": (1, 2, 2, 4),
         "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
@@ -133,7 +133,11 @@ def small_upscaler(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.m
         "adm_in_channels": None,
         "use_temporal_attention": False,
     }
-    config = comfy.supported_models.SD_X4Upscaler(unet_config)
+
+
+def small_upscaler(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """A small x4 upscaler on the CPU, as the host makes it of its checkpoint."""
+    config = comfy.supported_models.SD_X4Upscaler(upscaler_config(32, UPSCALER_CONTEXT_DIM))
     config.set_inference_dtype(dtype, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the host's noise schedule copies tensors with torch.tensor

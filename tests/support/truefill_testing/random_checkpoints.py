@@ -1,18 +1,15 @@
 """Writes random-weight checkpoints in the published formats, as small as the host's loader accepts.
 
-They stand in for models that cannot be downloaded: keys, shapes and scales are those of real files, the
-pictures are noise. Needs the host's modules on sys.path, so dev.py runs this file inside the environment:
-    python random_checkpoints.py HOST FAMILY OUT.safetensors [--inpainting]
+They stand in for models that cannot be downloaded: keys, shapes and scales are those of real files, the pictures are noise.
+Needs the host's modules on sys.path.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import struct
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,19 @@ from typing import Any
 import torch
 
 FAMILIES = ("sd15", "sd2", "sdxl", "x4")
+X4_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+"""The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels, in its real size."""
 VOCABULARY, TOKENS = 49408, 77
 
 Fill = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
@@ -166,23 +176,10 @@ def _vae_entries() -> Iterator[Entry]:
 
 
 def _x4_vae_entries() -> Iterator[Entry]:
-    """The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels, in its real size."""
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
-    config = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 128,
-        "ch_mult": [1, 2, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
     with torch.device("meta"):
-        vae = AutoencoderKL(ddconfig=config, embed_dim=4)
+        vae = AutoencoderKL(ddconfig=X4_VAE, embed_dim=4)
     for name, tensor in vae.state_dict().items():
         shape = tuple(tensor.shape)
         fill = _default_init(shape) if len(shape) > 1 else _ones if name.endswith("weight") else None
@@ -283,23 +280,3 @@ def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int 
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def main() -> None:
-    """Write one checkpoint, for dev.py."""
-    parser = argparse.ArgumentParser(description="Write a random-weight checkpoint.")
-    parser.add_argument("host", help="folder of ComfyUI")
-    parser.add_argument("family", choices=FAMILIES)
-    parser.add_argument("path", help="the file to write")
-    parser.add_argument("--inpainting", action="store_true", help="a model with 9 input channels")
-    options = parser.parse_args()
-    sys.path.insert(0, options.host)
-
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-    write_checkpoint(options.path, options.family, options.inpainting)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,114 @@
+"""Points and boxes that say where something is, in the formats in which graphs hand them around.
+
+Points are the text `[{"x": 12, "y": 34}, ...]` that the host's SAM3_Detect takes. Boxes are its BOUNDING_BOX: one
+{"x", "y", "width", "height"} for all pictures, a list of them for all pictures, or a list of such lists, one for each picture.
+All in pixels of the picture, counted from its upper left corner.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Point = tuple[float, float]
+"""x and y."""
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom."""
+
+
+def parse_points(text: str | None, name: str) -> list[Point]:
+    """The points of a text; none of an empty one. Raises ValueError, naming `name`, for anything else."""
+    if text is None or not text.strip():
+        return []
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if isinstance(found, list) and all(isinstance(point, dict) for point in found):
+        points = [_numbers(point, ("x", "y")) for point in found]
+        if None not in points:
+            return [(point[0], point[1]) for point in points if point is not None]
+    raise ValueError(
+        f'\'{name}\' is {_short(text)}, but a list of points such as [{{"x": 120, "y": 80}}] is needed, in pixels of the picture.'
+    )
+
+
+def parse_drawn(text: str | None, name: str) -> list[Box]:
+    """The boxes of a text `[{"x": 1, "y": 2, "width": 3, "height": 4}, ...]`; none of an empty one. Raises as `parse_boxes`."""
+    if text is None or not text.strip():
+        return []
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, list) or any(isinstance(entry, list) for entry in found):
+        raise ValueError(_format_needed(name, text))
+    return parse_boxes(found, 1, name)[0]
+
+
+def parse_boxes(boxes: Any, pictures: int, name: str) -> list[list[Box]]:
+    """The boxes of each of so many pictures. None is no box; a shorter list of lists goes on with its last.
+
+    Raises ValueError, naming `name`, for another format, more lists than pictures, and boxes without an area.
+    """
+    if boxes is None:
+        return [[] for _ in range(pictures)]
+    if isinstance(boxes, Mapping):
+        return [[_box(boxes, name)] for _ in range(pictures)]
+    if isinstance(boxes, Sequence) and not isinstance(boxes, str):
+        if all(isinstance(entry, Mapping) for entry in boxes):
+            shared = [_box(entry, name) for entry in boxes]
+            return [list(shared) for _ in range(pictures)]
+        if all(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in boxes):
+            if len(boxes) > pictures:
+                raise ValueError(
+                    f"'{name}' has boxes for {len(boxes)} pictures, but there {'is' if pictures == 1 else 'are'} {pictures}: "
+                    "connect the boxes that were found on these pictures."
+                )
+            each = [[_box(entry, name) for entry in entries] for entries in boxes]
+            return each + [list(each[-1]) for _ in range(pictures - len(each))]
+    raise ValueError(_format_needed(name, boxes))
+
+
+def check_inside(points: Sequence[Point], width: int, height: int, name: str) -> None:
+    """Raises ValueError for a point that lies outside of a picture of so many pixels."""
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise ValueError(
+                f"'{name}' has the point ({x:g}, {y:g}), which lies outside of the picture of {width}x{height} pixels: points "
+                "count pixels from the upper left corner, from (0, 0)."
+            )
+
+
+def _box(entry: Any, name: str) -> Box:
+    numbers = _numbers(entry, ("x", "y", "width", "height")) if isinstance(entry, Mapping) else None
+    if numbers is None:
+        raise ValueError(_format_needed(name, entry))
+    x, y, width, height = numbers
+    if width <= 0 or height <= 0:
+        raise ValueError(f"'{name}' has a box of {width:g}x{height:g} pixels, but a box needs an area.")
+    return x, y, x + width, y + height
+
+
+def _numbers(entry: Mapping[str, Any], keys: tuple[str, ...]) -> list[float] | None:
+    """These entries as finite numbers; None where one is missing or none."""
+    values = [entry.get(key) for key in keys]
+    if any(
+        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in values
+    ):
+        return None
+    return [float(value) for value in values if value is not None]
+
+
+def _format_needed(name: str, found: Any) -> str:
+    return (
+        f"'{name}' is {_short(str(found))}, but a box {{x, y, width, height}} in pixels, a list of them, or such a list for each "
+        "picture is needed."
+    )
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

@@ -1,0 +1,223 @@
+"""Segment Anything under the host's memory manager: a mask for points, boxes or a rough mask.
+
+The image encoder, which takes most of the time, runs once for a picture; what it found is kept for the next clicks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import comfy.model_management
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+
+from ..imaging.masks import resize_mask
+from ..imaging.morphology import bounding_boxes
+from ..imaging.prompts import Box, Point
+
+KEPT_PICTURES = 16
+"""So many pictures' embeddings are kept (4 MB each for the published models)."""
+
+Pick = Literal["best", "smallest", "middle", "largest", "all together"]
+
+_MEAN, _DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+# The logit of a rough mask's hole; the network's own masks reach about this far.
+_CERTAIN = 8.0
+# A rough mask's box is larger than the mask by this share of its size on every side.
+_BOX_MARGIN = 0.05
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What says where one thing is: points on it, points beside it, its box, a rough mask [H, W] of any size."""
+
+    include: Sequence[Point] = ()
+    exclude: Sequence[Point] = ()
+    box: Box | None = None
+    rough: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """The network's answers for one thing: a part, a larger part, the whole.
+
+    `logits` [answers, H, W], above 0 where the thing is; `scores` [answers], how good the network thinks they are (IoU).
+    """
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+
+    def pick(self, which: Pick) -> tuple[torch.Tensor, float]:
+        """One of the answers as a mask, bool [H, W], and its score; "all together" is their union and the best score."""
+        masks = self.logits > 0.0
+        if which == "all together":
+            return masks.any(dim=0), float(self.scores.max())
+        order = masks.flatten(1).sum(dim=1).argsort()
+        places = {"smallest": order[0], "middle": order[len(order) // 2], "largest": order[-1]}
+        index = int(self.scores.argmax() if which == "best" else places[which])
+        return masks[index], float(self.scores[index])
+
+
+class _Placed(torch.nn.Module):
+    """What the host places: it notes the device on a model, and transformers' models do not let it."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+
+@dataclass
+class Segmenter:
+    """transformers' SamModel, placed by the host."""
+
+    patcher: ModelPatcher
+    _embeddings: OrderedDict[tuple[str, torch.Size], torch.Tensor] = field(default_factory=OrderedDict)
+
+    @classmethod
+    def of(cls, model: Any) -> Segmenter:
+        """A segmenter of a SamModel: half precision where the host uses it, float32 on a CPU."""
+        device = comfy.model_management.get_torch_device()
+        half = comfy.model_management.should_use_fp16(device)
+        placed = _Placed(model.to(torch.float16 if half else torch.float32))
+        return cls(ModelPatcher(placed, device, comfy.model_management.unet_offload_device()))
+
+    @torch.inference_mode()
+    def segment(self, picture: torch.Tensor, prompts: Sequence[Prompt]) -> list[Found]:
+        """What each prompt points at in a picture [H, W, 3 or 4] in [0, 1]; points and boxes count its pixels.
+
+        The result lies on the host's intermediate device. Raises ValueError for a prompt that says nothing.
+        """
+        if any(not prompt.include and prompt.box is None and prompt.rough is None for prompt in prompts):
+            raise ValueError("A segmenter needs a point on the thing, a box around it, or a rough mask of it.")
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=self._memory, force_full_load=True)
+        embedding = self._embedding(picture)
+        return [self._found(embedding, prompt, picture.shape[:2]) for prompt in prompts]
+
+    @property
+    def _network(self) -> Any:
+        return self.patcher.model.network
+
+    @property
+    def _side(self) -> int:
+        return self._network.config.vision_config.image_size
+
+    @property
+    def _memory(self) -> int:
+        """Bytes that looking at a picture takes: the image encoder's attention, its softmax and its positions at once."""
+        vision = self._network.config.vision_config
+        tokens = (vision.image_size // vision.patch_size) ** 2
+        return 3 * vision.num_attention_heads * tokens**2 * self._network.dtype.itemsize
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of a picture whose longer side is the network's, as its authors round it."""
+        scale = self._side / max(size)
+        return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+
+    def _framed(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[C, H, W] scaled to the network's longer side and padded below and to the right: [1, C, side, side]."""
+        size = self._resized((pixels.shape[1], pixels.shape[2]))
+        if size != pixels.shape[1:]:
+            pixels = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+        return F.pad(pixels, (0, self._side - size[1], 0, self._side - size[0]))[None]
+
+    def _embedding(self, picture: torch.Tensor) -> torch.Tensor:
+        picture = picture[..., :3].contiguous()
+        digest = hashlib.blake2b(picture.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+        key = (digest, picture.shape)
+        if key in self._embeddings:
+            self._embeddings.move_to_end(key)
+        else:
+            model, device = self._network, self.patcher.load_device
+            pixels = picture.to(device, torch.float32).movedim(-1, 0).clamp(0.0, 1.0) * 255.0
+            mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _DEVIATION))
+            framed = self._framed((pixels - mean) / deviation).to(model.dtype)
+            kept = model.get_image_embeddings(framed)
+            self._embeddings[key] = kept.to(comfy.model_management.intermediate_device())
+            while len(self._embeddings) > KEPT_PICTURES:
+                self._embeddings.popitem(last=False)
+        return self._embeddings[key]
+
+    def _found(self, embedding: torch.Tensor, prompt: Prompt, size: torch.Size) -> Found:
+        model, device = self._network, self.patcher.load_device
+        height, width = self._resized((size[0], size[1]))
+        scale = torch.tensor([width / size[1], height / size[0]], device=device)
+        box, rough = prompt.box, None
+        if prompt.rough is not None:
+            mask = resize_mask(prompt.rough, (size[0], size[1])).to(device)
+            box = box or _around(mask)
+            grid = 4 * (self._side // model.config.vision_config.patch_size)
+            rough = F.interpolate(self._framed(mask[0]), size=(grid, grid), mode="bilinear", antialias=True)
+            rough = ((2.0 * rough - 1.0) * _CERTAIN).to(model.dtype)
+        points = [*prompt.include, *prompt.exclude]
+        labels = [1] * len(prompt.include) + [0] * len(prompt.exclude)
+        output = model(
+            image_embeddings=embedding.to(device, model.dtype),
+            # In float32: a place in a picture has more digits than half precision keeps.
+            input_points=torch.tensor([[points]], device=device) * scale if points else None,
+            input_labels=torch.tensor([[labels]], device=device) if points else None,
+            input_boxes=torch.tensor([[box]], device=device) * scale.repeat(2) if box else None,
+            input_masks=rough,
+            multimask_output=True,
+        )
+        logits = F.interpolate(output.pred_masks[0].float(), size=(self._side, self._side), mode="bilinear")
+        logits = F.interpolate(logits[..., :height, :width], size=(size[0], size[1]), mode="bilinear")[0]
+        to = comfy.model_management.intermediate_device()
+        return Found(logits.to(to), output.iou_scores[0, 0].float().to(to))
+
+
+def segment_batch(
+    segmenter: Segmenter,
+    pictures: torch.Tensor,
+    prompts: Sequence[Sequence[Prompt]],
+    pick: Pick,
+    separate: bool = False,
+) -> tuple[torch.Tensor, list[float]]:
+    """Masks [B, H, W] of 0 and 1 for pictures [B, H, W, C], each with its own prompts, and their scores.
+
+    A picture's things are one mask, with their mean score; a picture without prompts has an empty one, of score 0. With
+    `separate` every thing has a mask of its own, in the order of pictures and prompts.
+    """
+    masks, scores = [], []
+    for picture, mine in zip(pictures, prompts, strict=True):
+        found = [thing.pick(pick) for thing in segmenter.segment(picture, mine)] if mine else []
+        if separate and found:
+            masks += [mask for mask, _ in found]
+            scores += [score for _, score in found]
+        else:
+            nothing = torch.zeros(
+                picture.shape[:2], dtype=torch.bool, device=comfy.model_management.intermediate_device()
+            )
+            masks.append(torch.stack([nothing, *(mask for mask, _ in found)]).any(dim=0))
+            scores.append(sum(score for _, score in found) / max(len(found), 1))
+    return torch.stack(masks).float(), scores
+
+
+def prompts_for(
+    include: Sequence[Point], exclude: Sequence[Point], boxes: Sequence[Box], rough: torch.Tensor | None
+) -> list[Prompt]:
+    """The prompts of one picture: one for each box, with the points inside of it; without boxes one for all points.
+
+    A rough mask goes with each of them; an empty one says nothing. None at all where nothing says where something is.
+    """
+    if rough is not None and not bool((rough > 0).any()):
+        rough = None
+    if not boxes:
+        return [Prompt(include, exclude, None, rough)] if include or rough is not None else []
+    return [
+        Prompt([(x, y) for x, y in include if box[0] <= x <= box[2] and box[1] <= y <= box[3]], exclude, box, rough)
+        for box in boxes
+    ]
+
+
+def _around(mask: torch.Tensor) -> Box:
+    """The box of a rough mask [1, 1, H, W], a little larger; of a soft edge the inner half counts."""
+    solid = (mask > 0.5).float()
+    left, top, right, bottom = (float(side) for side in bounding_boxes(solid if solid.any() else mask)[0])
+    across, down = _BOX_MARGIN * (right - left), _BOX_MARGIN * (bottom - top)
+    height, width = mask.shape[-2:]
+    return max(left - across, 0.0), max(top - down, 0.0), min(right + across, width), min(bottom + down, height)

@@ -1,0 +1,209 @@
+"""Step 1, by pointing: a mask from points, boxes or a rough mask."""
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..imaging.masks import as_mask_batch
+from ..imaging.prompts import check_inside, parse_boxes, parse_drawn, parse_points
+from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
+from ..weights.segment_anything import SUFFIXES, WHERE_TO_GET, read_sam
+
+FOLDER = "sams"
+# Where there is no file at all, a graph still names one, and running it says where to get it.
+FIRST_CHOICE = "sam_vit_b_01ec64.pth"
+
+SegmenterType = io.Custom("SEGMENTER")
+
+folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+
+
+def _files() -> list[str]:
+    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
+
+
+def _mark_inputs() -> list[io.Input]:
+    """What the editor in the node writes; by hand, or from another node, it works as well."""
+    return [
+        io.String.Input(
+            "include",
+            default="",
+            tooltip='Points on the thing, in pixels: [{"x": 120, "y": 80}]. The same for all pictures of a batch. In the editor: '
+            "click.",
+        ),
+        io.String.Input(
+            "exclude", default="", tooltip="Points beside the thing, in the same format. In the editor: right click."
+        ),
+        io.String.Input(
+            "drawn",
+            default="",
+            tooltip='Boxes around things: [{"x": 100, "y": 60, "width": 50, "height": 40}]. In the editor: drag.',
+        ),
+    ]
+
+
+class TrueFillLoadSegmenter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillLoadSegmenter",
+            display_name="Load Segmenter (TrueFill)",
+            category="TrueFill/0 load",
+            description="Loads a Segment Anything model (ViT-B, L or H; .pth or safetensors) from models/sams, for Segment.",
+            search_aliases=["sam", "segment anything", "sam loader", "load sam"],
+            inputs=[
+                io.Combo.Input(
+                    "segmenter",
+                    options=_files() or [FIRST_CHOICE],
+                    tooltip="The file, in models/sams. ViT-B (375 MB) is the smallest and does well with points and boxes.",
+                )
+            ],
+            outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],
+        )
+
+    @classmethod
+    def execute(cls, segmenter: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path(FOLDER, segmenter)
+        if path is None:
+            folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
+            raise FileNotFoundError(
+                f"There is no {segmenter} in {folders}: get a Segment Anything file ({WHERE_TO_GET}), put it there, press R."
+            )
+        return io.NodeOutput(Segmenter.of(read_sam(path)))
+
+
+class TrueFillSegment(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillSegment",
+            display_name="Segment (TrueFill)",
+            category="TrueFill/1 mask",
+            description="The mask of what you point at: points on it, points beside it, a box around it, or a rough mask to make "
+            "exact. The picture is looked at once; another point takes a moment.",
+            search_aliases=[
+                "sam",
+                "segment anything",
+                "click",
+                "points to mask",
+                "box to mask",
+                "refine mask",
+                "select object",
+            ],
+            inputs=[
+                SegmenterType.Input("segmenter", tooltip="From Load Segmenter."),
+                io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
+                *_mark_inputs(),
+                io.Combo.Input(
+                    "pick",
+                    options=list(get_args(Pick)),
+                    default="best",
+                    tooltip="The model has three answers, a part, a larger part and the whole. best: the one it is surest of.",
+                ),
+                io.Boolean.Input(
+                    "separate",
+                    default=False,
+                    tooltip="Off: one mask for each picture. On: one for each box (and for the points, without boxes).",
+                ),
+                io.BoundingBox.Input(
+                    "boxes",
+                    optional=True,
+                    force_input=True,
+                    tooltip="One mask for each box; points inside of a box are about what is in it. From any node with bounding "
+                    "boxes.",
+                ),
+                io.Mask.Input(
+                    "rough",
+                    optional=True,
+                    tooltip="A rough mask of the thing, of any size: it is made to follow the thing's outline.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(tooltip="White is the thing; empty where there is nothing to find."),
+                io.String.Output(
+                    display_name="scores", tooltip="How good the model thinks each mask is, as text: [0.97, ...]."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        segmenter: Segmenter,
+        image: io.Image.Type,
+        include: str,
+        exclude: str,
+        drawn: str,
+        pick: Pick,
+        separate: bool,
+        boxes: Any = None,
+        rough: io.Mask.Type | None = None,
+    ) -> io.NodeOutput:
+        pictures, height, width = image.shape[:3]
+        points = {"include": parse_points(include, "include"), "exclude": parse_points(exclude, "exclude")}
+        for name, found in points.items():
+            check_inside(found, width, height, name)
+        own = parse_drawn(drawn, "drawn")
+        each = [[*own, *others] for others in parse_boxes(boxes, pictures, "boxes")]
+        roughs = None if rough is None else as_mask_batch(rough)
+        if roughs is not None and len(roughs) not in (1, pictures):
+            raise ValueError(
+                f"'rough' has {len(roughs)} masks for {pictures} pictures: connect one mask, or one for each."
+            )
+        if not points["include"] and not own and boxes is None and roughs is None:
+            raise ValueError(
+                "Nothing says where the thing is: click on it, drag a box around it, or connect 'boxes' or 'rough'."
+            )
+        prompts = [
+            prompts_for(
+                points["include"],
+                points["exclude"],
+                each[index],
+                None if roughs is None else roughs[min(index, len(roughs) - 1), 0],
+            )
+            for index in range(pictures)
+        ]
+        masks, scores = segment_batch(segmenter, image, prompts, pick, separate)
+        shown = {"picture": ui.PreviewImage(image[:1]).values, "mask": ui.PreviewMask(masks[:1]).values}
+        return io.NodeOutput(masks, json.dumps([round(score, 4) for score in scores]), ui=shown)
+
+
+class TrueFillPoints(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillPoints",
+            display_name="Points (TrueFill)",
+            category="TrueFill/1 mask",
+            description="Points and boxes, set by clicking on the picture, for any node that takes them: ComfyUI's SAM3 Detect, "
+            "Segment, and others with points as text or bounding boxes.",
+            search_aliases=["points editor", "click", "coordinates", "bounding box editor", "sam3 points"],
+            inputs=[
+                io.Image.Input("image", tooltip="The picture to click on."),
+                *_mark_inputs(),
+            ],
+            outputs=[
+                io.String.Output(
+                    display_name="include", tooltip="Points on the thing, as text: SAM3 Detect's positive_coords."
+                ),
+                io.String.Output(display_name="exclude", tooltip="Points beside it: SAM3 Detect's negative_coords."),
+                io.BoundingBox.Output(display_name="boxes", tooltip="The boxes."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image: io.Image.Type, include: str, exclude: str, drawn: str) -> io.NodeOutput:
+        height, width = image.shape[1:3]
+        texts = []
+        for name, text in (("include", include), ("exclude", exclude)):
+            points = parse_points(text, name)
+            check_inside(points, width, height, name)
+            texts.append(text if points else "")
+        boxes = [
+            {"x": left, "y": top, "width": right - left, "height": bottom - top}
+            for left, top, right, bottom in parse_drawn(drawn, "drawn")
+        ]
+        return io.NodeOutput(*texts, boxes, ui={"picture": ui.PreviewImage(image[:1]).values})

@@ -1,0 +1,114 @@
+"""Pointing at things in a running ComfyUI, with a small Segment Anything file in its models folder."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from devtools.client import Client, GraphFailed, GraphRejected
+from devtools.server import Server
+from truefill_testing.host import pack_module
+from truefill_testing.small_sam import small_sam
+
+FILE = "truefill_small_sam.pth"
+
+
+@pytest.fixture(scope="module")
+def file(comfyui: Server) -> Iterator[Path]:
+    """The file, as long as these tests run."""
+    assert comfyui.base is not None
+    path = comfyui.base / "models" / "sams" / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(small_sam().state_dict(), path)
+    (path.parent / "unet.pth").unlink(missing_ok=True)
+    torch.save({"model.diffusion_model.out.2.bias": torch.zeros(4)}, path.parent / "unet.pth")
+    yield path
+    path.unlink()
+    (path.parent / "unet.pth").unlink()
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def graph(include: str, **inputs: Any) -> dict[str, Any]:
+    return {
+        "photo": node("TrueFillExamplePhoto", photo="coffee"),
+        "load": node("TrueFillLoadSegmenter", segmenter=FILE),
+        "segment": node(
+            "TrueFillSegment",
+            segmenter=["load", 0],
+            image=["photo", 0],
+            **{"include": include, "exclude": "", "drawn": "", "pick": "best", "separate": False, **inputs},
+        ),
+        "shown": node("MaskToImage", mask=["segment", 0]),
+        "save": node("PreviewImage", images=["shown", 0]),
+        "scores": node("PreviewAny", source=["segment", 1]),
+    }
+
+
+def mask(images: list[bytes]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("L")) for png in images]) > 127
+
+
+def test_a_point_becomes_the_mask_that_the_model_gives(server: Client, file: Path) -> None:
+    result = server.run(graph('[{"x": 130, "y": 120}]'))
+    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segment_anything")
+    photo, _ = pack_module("imaging.examples").load_example("coffee")
+    segmenter = segment.Segmenter.of(reader.read_sam(file))
+    expected, score = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")
+    found = mask(result.images["save"])
+    assert found.shape == (1, *photo.shape[1:3])
+    # The server's process may use another number of threads.
+    assert (found[0] != expected.numpy()).mean() < 0.001
+    assert 0.001 < found.mean() < 0.999 and np.isfinite(score)
+
+
+def test_boxes_of_another_node_and_separate_masks(server: Client, file: Path) -> None:
+    made = graph("")
+    made["box"] = node("PrimitiveBoundingBox", x=80, y=60, width=120, height=140)
+    made["segment"]["inputs"] |= {"boxes": ["box", 0], "separate": True}
+    assert mask(server.run(made).images["save"]).shape[0] == 1
+
+
+def test_an_empty_rough_mask_gives_an_empty_mask(server: Client, file: Path) -> None:
+    made = graph("")
+    made["nothing"] = node("SolidMask", value=0.0, width=64, height=64)
+    made["segment"]["inputs"]["rough"] = ["nothing", 0]
+    assert not mask(server.run(made).images["save"]).any()
+
+
+@pytest.mark.parametrize(
+    ("include", "says"),
+    [
+        ("", "Nothing says where the thing is"),
+        ("12, 30", "'include' is '12, 30', but a list of points such as"),
+        (json.dumps([{"x": 5000, "y": 3}]), "outside of the picture of 512x384 pixels"),
+    ],
+)
+def test_mistakes_get_one_sentence(server: Client, file: Path, include: str, says: str) -> None:
+    with pytest.raises(GraphFailed) as caught:
+        server.run(graph(include))
+    assert says in str(caught.value)
+
+
+def test_a_file_of_another_model_is_named(server: Client, file: Path) -> None:
+    made = graph('[{"x": 130, "y": 120}]')
+    made["load"]["inputs"]["segmenter"] = "unet.pth"
+    with pytest.raises(GraphFailed, match=r"unet\.pth is a diffusion checkpoint, but a Segment Anything file"):
+        server.run(made)
+
+
+def test_a_file_that_is_not_there_is_refused(server: Client, file: Path) -> None:
+    made = graph('[{"x": 130, "y": 120}]')
+    made["load"]["inputs"]["segmenter"] = "sam_vit_h_4b8939.pth"
+    with pytest.raises(GraphRejected, match="sam_vit_h_4b8939"):
+        server.run(made)

@@ -1,0 +1,99 @@
+"""Points and boxes as graphs hand them around: what is read, and what is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from truefill_testing.host import pack_module
+
+prompts = pack_module("imaging.prompts")
+
+BOX = {"x": 3, "y": 5, "width": 10, "height": 20}
+CORNERS = (3.0, 5.0, 13.0, 25.0)
+OTHER, OTHER_CORNERS = {"x": 0.5, "y": 1, "width": 2, "height": 2, "score": 0.9}, (0.5, 1.0, 2.5, 3.0)
+NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-(2**40), 2**40)
+
+
+@given(st.lists(st.fixed_dictionaries({"x": NUMBERS, "y": NUMBERS})))
+def test_points_are_read_as_they_were_written(points) -> None:
+    assert prompts.parse_points(json.dumps(points), "include") == [(p["x"], p["y"]) for p in points]
+
+
+@pytest.mark.parametrize("text", [None, "", "  \n"])
+def test_no_text_is_no_point(text) -> None:
+    assert prompts.parse_points(text, "include") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "12, 30",
+        "[[1, 2]]",
+        '{"x": 1, "y": 2}',
+        '[{"x": 1}]',
+        '[{"x": "1", "y": 2}]',
+        '[{"x": NaN, "y": 2}]',
+        '[{"x": true, "y": 2}]',
+        "[1]",
+        "[{",
+        "null",
+        "x" * 500,
+    ],
+)
+def test_other_texts_are_refused(text) -> None:
+    with pytest.raises(ValueError, match=r"^'include' is .*a list of points such as") as caught:
+        prompts.parse_points(text, "include")
+    assert len(str(caught.value)) < 240
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        (None, [[], [], []]),
+        (BOX, [[CORNERS]] * 3),
+        ([BOX, OTHER], [[CORNERS, OTHER_CORNERS]] * 3),
+        ([[BOX], [], [OTHER, BOX]], [[CORNERS], [], [OTHER_CORNERS, CORNERS]]),
+        ([[BOX], [OTHER]], [[CORNERS], [OTHER_CORNERS], [OTHER_CORNERS]]),
+        ([], [[], [], []]),
+        ([[]], [[], [], []]),
+    ],
+    ids=["none", "one", "list", "for each", "fewer", "empty", "none found"],
+)
+def test_the_hosts_formats_of_boxes(boxes, expected) -> None:
+    assert prompts.parse_boxes(boxes, 3, "boxes") == expected
+
+
+@pytest.mark.parametrize(
+    "boxes", ["[]", 5, [1], [[1]], [BOX, [BOX]], {"x": 1, "y": 2}, [{**BOX, "width": float("nan")}]]
+)
+def test_other_boxes_are_refused(boxes) -> None:
+    with pytest.raises(ValueError, match=r"^'boxes' is .*a box \{x, y, width, height\} in pixels"):
+        prompts.parse_boxes(boxes, 2, "boxes")
+
+
+def test_drawn_boxes_are_a_text_of_boxes() -> None:
+    assert prompts.parse_drawn(json.dumps([BOX, OTHER]), "drawn") == [CORNERS, OTHER_CORNERS]
+    assert prompts.parse_drawn("", "drawn") == prompts.parse_drawn(" []", "drawn") == []
+    for text in ("nothing", json.dumps(BOX), json.dumps([[BOX]]), "[1]", "[{"):
+        with pytest.raises(ValueError, match=r"'drawn' is .*a box"):
+            prompts.parse_drawn(text, "drawn")
+
+
+def test_boxes_without_area_and_for_other_pictures_are_refused() -> None:
+    with pytest.raises(ValueError, match="'boxes' has a box of 10x0 pixels"):
+        prompts.parse_boxes({**BOX, "height": 0}, 1, "boxes")
+    with pytest.raises(ValueError, match="'boxes' has boxes for 2 pictures, but there is 1"):
+        prompts.parse_boxes([[BOX], [BOX]], 1, "boxes")
+
+
+@pytest.mark.parametrize(("point", "inside"), [((0, 0), True), ((9, 4), True), ((9.9, 4.9), True), ((10, 0), False)])
+def test_points_count_from_the_upper_left_pixel(point, inside) -> None:
+    if inside:
+        prompts.check_inside([point], 10, 5, "include")
+    else:
+        with pytest.raises(ValueError, match=r"the point \(10, 0\), which lies outside of the picture of 10x5"):
+            prompts.check_inside([(1, 1), point], 10, 5, "include")
