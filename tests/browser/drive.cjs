@@ -116,6 +116,16 @@ main(async (page, job, report) => {
     await drawn(page)
     // The editor renders a note after everything else.
     await page.locator(NOTE).filter({ visible: true }).first().waitFor({ timeout: SHOW })
+    await page.waitForFunction(
+      () => {
+        const boxes = [...document.querySelectorAll('[data-node-id]')].map((element) => element.getBoundingClientRect())
+        const before = window.boxes
+        window.boxes = JSON.stringify(boxes)
+        return window.boxes === before
+      },
+      undefined,
+      { polling: 300, timeout: SHOW }
+    )
     const picture = `${job.pictures}/${name}-${mode}`
     const found = await page.evaluate(seen)
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)

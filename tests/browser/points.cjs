@@ -251,11 +251,27 @@ async function segment(page, job, prefix) {
   found.before = await page.evaluate(look)
   await page.click('[data-testid="queue-button"]')
   await page.waitForFunction((root) => document.querySelector(`${root}-mask`).checkVisibility(), ROOT, { timeout: RUN })
+  await page.evaluate(async (root) => {
+    const image = new Image()
+    image.src = /url\("(.*)"\)/.exec(document.querySelector(`${root}-mask`).style.maskImage)[1]
+    await image.decode()
+  }, ROOT)
   await shown(page)
-  found.after = await page.evaluate(look)
+  const picture = async (name) => {
+    const seen = await page.evaluate(look)
+    const [x, y, width, height] = seen.stage
+    seen.picture = `${prefix}-${name}.png`
+    await page.screenshot({ path: seen.picture, clip: { x, y, width, height } })
+    return seen
+  }
+  found.after = await picture('mask')
   await page.screenshot({ path: `${prefix}-segment.png` })
   await page.getByRole('button', { name: 'mask', exact: true }).click()
-  found.hidden = await page.evaluate(look)
+  found.hidden = await picture('no-mask')
+  found.file = await page.evaluate(
+    (id) => (window.app.nodeOutputs[id] ?? Object.values(window.app.nodeOutputs)[0]).mask[0],
+    id
+  )
   await click(page, job.places.two)
   found.again = await page.evaluate(look)
   return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,8 +189,20 @@ def test_marks_outlive(report: dict[str, Any], what: str) -> None:
         assert report["live"][what][name] == report["live"]["clicked"][name]
 
 
-def test_after_a_run_the_mask_lies_over_the_picture(report: dict[str, Any]) -> None:
+def test_after_a_run_the_mask_lies_over_the_picture(report: dict[str, Any], comfyui: Server) -> None:
     found = report["segment"]
+    with_mask, without = (
+        np.asarray(Image.open(found[name]["picture"]).convert("RGB")).astype(int) for name in ("after", "hidden")
+    )
+    url = urllib.parse.urlencode(found["file"])
+    mask = Image.open(io.BytesIO(comfyui.client.get(f"/view?{url}"))).convert("L")
+    inside = np.asarray(mask.resize(with_mask.shape[1::-1])) > 250
+    outside = np.asarray(mask.resize(with_mask.shape[1::-1])) < 5
+    # Away from the mark, which lies above the mask.
+    expected = without + 0.45 * (np.array([0, 229, 255]) - without)
+    assert inside.mean() > 0.02
+    assert (np.abs(with_mask - expected).max(axis=2)[inside] < 8).mean() > 0.9
+    assert not outside.any() or (np.abs(with_mask - without).max(axis=2)[outside] < 8).mean() > 0.9
     assert not found["before"]["mask"] and found["after"]["mask"]
     assert not found["hidden"]["mask"]
     assert found["after"]["stage"] == pytest.approx(found["before"]["stage"], abs=1)

@@ -145,11 +145,15 @@ def _transformer_block(block, x, place: Place, grid, forward: _Forward):
     context, painta = forward.context, forward.painta
 
     n = _layer_norm(block.norm1, x)
-    y = _self_attention(block.attn1, n)
-    if painta is not None and painta.applies(place, forward.factor):
+    if forward.factor == 1:
+        # PAIntA leaves this level alone.
+        y = _self_attention(block.attn1, n)
+    else:
         scores = _scores(block.attn1, n, n)
-        cross = _scores(block.attn2, _layer_norm(block.norm2, x + y), context)
-        y = _output(block.attn1, painta.reweight(place, grid, scores, cross), n)
+        y = _output(block.attn1, scores, n)
+        if painta is not None and painta.applies(place, forward.factor):
+            cross = _scores(block.attn2, _layer_norm(block.norm2, x + y), context)
+            y = _output(block.attn1, painta.reweight(place, grid, scores, cross), n)
     x = x + y
 
     n = _layer_norm(block.norm2, x)
