@@ -279,6 +279,15 @@ def main() -> int:
         return 0
     import torch
 
+    missing = [
+        name for name in pack_module("weights.demo_model").FILES.values() if not (options.weights / name).is_file()
+    ]
+    if missing:
+        print(
+            f"bench accuracy: {options.weights} has no {missing[0]}: name a folder that `dev.py train export` has written.",
+            file=sys.stderr,
+        )
+        return 1
     cuda = torch.cuda.is_available()
     workers = options.workers or (1 if cuda else os.cpu_count() or 1)
     workers = min(workers, len(numbers(options)))

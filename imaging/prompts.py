@@ -20,29 +20,19 @@ Box = tuple[float, float, float, float]
 
 def parse_points(text: str | None, name: str) -> list[Point]:
     """The points of a text; none of an empty one. Raises ValueError, naming `name`, for anything else."""
-    if text is None or not text.strip():
-        return []
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        found = None
+    found = _decoded(text)
     if isinstance(found, list) and all(isinstance(point, dict) for point in found):
         points = [_numbers(point, ("x", "y")) for point in found]
         if None not in points:
             return [(point[0], point[1]) for point in points if point is not None]
     raise ValueError(
-        f'\'{name}\' is {_short(text)}, but a list of points such as [{{"x": 120, "y": 80}}] is needed, in pixels of the picture.'
+        f'\'{name}\' is {_short(str(text))}, but a list of points such as [{{"x": 120, "y": 80}}] is needed, in pixels.'
     )
 
 
 def parse_drawn(text: str | None, name: str) -> list[Box]:
     """The boxes of a text `[{"x": 1, "y": 2, "width": 3, "height": 4}, ...]`; none of an empty one. Raises as `parse_boxes`."""
-    if text is None or not text.strip():
-        return []
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        found = None
+    found = _decoded(text)
     if not isinstance(found, list) or any(isinstance(entry, list) for entry in found):
         raise ValueError(_format_needed(name, text))
     return parse_boxes(found, 1, name)[0]
@@ -80,6 +70,14 @@ def check_inside(points: Sequence[Point], width: int, height: int, name: str) ->
                 f"'{name}' has the point ({x:g}, {y:g}), which lies outside of the picture of {width}x{height} pixels: points "
                 "count pixels from the upper left corner, from (0, 0)."
             )
+
+
+def _decoded(text: str | None) -> Any:
+    """What a text holds: an empty list where it is empty, None where it is no JSON."""
+    try:
+        return json.loads(text) if text and text.strip() else []
+    except json.JSONDecodeError:
+        return None
 
 
 def _box(entry: Any, name: str) -> Box:

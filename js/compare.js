@@ -1,6 +1,6 @@
 // The view on the node Compare (TrueFill): before and after with a divider, the mask's outline, the heat map.
 import { app } from '../../scripts/app.js'
-import { MARGIN, addStyle, address, button, forwardToCanvas, maker, nodeAt, onResult, point } from './dom.js'
+import { addStyle, addView, address, button, forwardToCanvas, maker, nodeAt, point } from './dom.js'
 
 const NODE = 'TrueFillCompare'
 const START_SIZE = [420, 500]
@@ -268,19 +268,10 @@ class CompareView {
 
 const views = new WeakMap()
 
-function addView(node) {
+function addComparison(node) {
   const view = new CompareView()
   views.set(node, view)
-  const widget = node.addDOMWidget('comparison', 'truefill-compare', view.element, {
-    getMinHeight: () => MIN_HEIGHT + 2 * MARGIN,
-    hideOnZoom: false,
-    // The panel at the side would take the element out of the node.
-    hideInPanel: true,
-    serialize: false
-  })
-  widget.serialize = false
-  node.setSize(START_SIZE.map((length, axis) => Math.max(length, node.size[axis])))
-  onResult(node, (output) => view.show(output))
+  addView(node, 'comparison', view, MIN_HEIGHT, START_SIZE)
 }
 
 addStyle(STYLE)
@@ -288,7 +279,7 @@ addStyle(STYLE)
 app.registerExtension({
   name: 'TrueFill.Compare',
   nodeCreated(node) {
-    if (node.comfyClass === NODE) addView(node)
+    if (node.comfyClass === NODE) addComparison(node)
   },
   // After an undo, after a change of tabs, and for a run picked from the queue.
   onNodeOutputsUpdated(outputs) {

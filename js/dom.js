@@ -3,7 +3,7 @@ import { app } from '../../scripts/app.js'
 import { api } from '../../scripts/api.js'
 
 /** The classic canvas keeps so much free above and below a widget. */
-export const MARGIN = 10
+const MARGIN = 10
 
 export function addStyle(text) {
   const style = document.createElement('style')
@@ -62,8 +62,22 @@ export function nodeAt(key) {
   return graph?.getNodeById(id)
 }
 
+/** Puts `view.element` into a node, at least so high, and makes the node at least so large; `view.show(output)` after each run. */
+export function addView(node, name, view, minHeight, size) {
+  const widget = node.addDOMWidget(name, view.element.className, view.element, {
+    getMinHeight: () => minHeight + 2 * MARGIN,
+    hideOnZoom: false,
+    // The panel at the side would take the element out of the node.
+    hideInPanel: true,
+    serialize: false
+  })
+  widget.serialize = false
+  node.setSize(size.map((length, axis) => Math.max(length, node.size[axis])))
+  onResult(node, (output) => view.show(output))
+}
+
 /** Calls `show(output)` after each run of a node. */
-export function onResult(node, show) {
+function onResult(node, show) {
   const onExecuted = node.onExecuted
   node.onExecuted = function (output, ...rest) {
     onExecuted?.call(this, output, ...rest)

@@ -1,6 +1,6 @@
 // The editor on Segment and Points (TrueFill): click on the picture instead of writing coordinates.
 import { app } from '../../scripts/app.js'
-import { MARGIN, addStyle, address, button, forwardToCanvas, maker, nodeAt, onResult, point } from './dom.js'
+import { addStyle, addView, address, button, forwardToCanvas, maker, nodeAt, point } from './dom.js'
 
 const NODES = ['TrueFillSegment', 'TrueFillPoints']
 const FIELDS = ['include', 'exclude', 'drawn']
@@ -410,16 +410,7 @@ const editors = new WeakMap()
 function addEditor(node) {
   const editor = new PointsEditor(node)
   editors.set(node, editor)
-  const widget = node.addDOMWidget('points', 'truefill-points', editor.element, {
-    getMinHeight: () => MIN_HEIGHT + 2 * MARGIN,
-    hideOnZoom: false,
-    // The panel at the side would take the element out of the node.
-    hideInPanel: true,
-    serialize: false
-  })
-  widget.serialize = false
-  node.setSize(START_SIZE.map((length, axis) => Math.max(length, node.size[axis])))
-  onResult(node, (output) => editor.show(output))
+  addView(node, 'points', editor, MIN_HEIGHT, START_SIZE)
   const onRemoved = node.onRemoved
   node.onRemoved = function (...rest) {
     editor.stop()

@@ -19,6 +19,7 @@ from comfy.model_patcher import ModelPatcher
 from ..imaging.masks import resize_mask
 from ..imaging.morphology import bounding_boxes
 from ..imaging.prompts import Box, Point
+from ..imaging.region import check_pictures
 
 KEPT_PICTURES = 16
 """So many pictures' embeddings are kept (4 MB each for the published models)."""
@@ -90,8 +91,10 @@ class Segmenter:
     def segment(self, picture: torch.Tensor, prompts: Sequence[Prompt]) -> list[Found]:
         """What each prompt points at in a picture [H, W, 3 or 4] in [0, 1]; points and boxes count its pixels.
 
-        The result lies on the host's intermediate device. Raises ValueError for a prompt that says nothing.
+        The result lies on the host's intermediate device. Raises ValueError for a prompt that says nothing, and for a picture
+        of another shape or with values that are no numbers.
         """
+        check_pictures(picture[None], "The picture to segment")
         if any(not prompt.include and prompt.box is None and prompt.rough is None for prompt in prompts):
             raise ValueError("A segmenter needs a point on the thing, a box around it, or a rough mask of it.")
         comfy.model_management.load_models_gpu([self.patcher], memory_required=self._memory, force_full_load=True)
@@ -184,6 +187,7 @@ def segment_batch(
     """
     masks, scores = [], []
     for picture, mine in zip(pictures, prompts, strict=True):
+        comfy.model_management.throw_exception_if_processing_interrupted()
         found = [thing.pick(pick) for thing in segmenter.segment(picture, mine)] if mine else []
         if separate and found:
             masks += [mask for mask, _ in found]

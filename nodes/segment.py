@@ -58,7 +58,7 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                 io.Combo.Input(
                     "segmenter",
                     options=_files() or [FIRST_CHOICE],
-                    tooltip="The file, in models/sams. ViT-B (375 MB) is the smallest and does well with points and boxes.",
+                    tooltip="The file, in models/sams. ViT-B (375 MB) is the smallest.",
                 )
             ],
             outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
+import signal
 import socket
 import struct
 import subprocess
@@ -115,16 +117,21 @@ def test_server_dies_with_its_parent(host: Callable[..., Path]) -> None:
         from devtools.server import Server
         host, python = Path({str(host(ANSWER))!r}), Path(sys.executable)
         with Server(host, python, arguments=["--cpu"], log_name="test-parent") as server:
-            print(server.process.pid, flush=True)
+            print(server.process.pid, server.log, flush=True)
             time.sleep(600)
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
-    server = int(parent.stdout.readline())
-    assert is_alive(server)
+    server, log = parent.stdout.readline().strip().split(" ", 1)
+    child = child_of(Path(log).read_text())
+    assert is_alive(int(server))
     parent.kill()
     parent.communicate()
-    assert wait_until(lambda: not is_alive(server))
+    try:
+        assert wait_until(lambda: not is_alive(int(server)))
+    finally:
+        # The stand-in's own child does not end with it.
+        os.kill(child, signal.SIGKILL)
 
 
 def test_pack_is_copied_where_links_do_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,6 @@ import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
 from truefill_testing.known_scene import (
     CFG,
-    KINDS,
     ROUNDING,
     SAMPLERS,
     SEED,
@@ -31,6 +30,7 @@ from truefill_testing.known_scene import (
     area_mean,
     assert_same,
     forget_scenes,
+    kinds,
     literal_of,
     masked,
     plain_of,
@@ -42,9 +42,6 @@ from truefill_testing.known_scene import (
 def _no_leftovers():
     yield
     forget_scenes()
-
-
-kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @kinds

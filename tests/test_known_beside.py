@@ -10,7 +10,6 @@ import torch
 
 from truefill_testing.known_scene import (
     CFG,
-    KINDS,
     RASG,
     ROUNDING,
     Previews,
@@ -18,6 +17,7 @@ from truefill_testing.known_scene import (
     area_mean,
     assert_same,
     forget_scenes,
+    kinds,
     literal_of,
     masked,
     plain_of,
@@ -31,9 +31,6 @@ from truefill_testing.scene import randn
 def _no_leftovers():
     yield
     forget_scenes()
-
-
-kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def described(model: Any) -> Any:

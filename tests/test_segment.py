@@ -184,6 +184,20 @@ def test_wrong_files_get_one_sentence_and_run_nothing(sam, tmp_path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+def test_where_there_is_no_file_at_all_it_says_where_to_get_one() -> None:
+    loader = pack_module("nodes.segment").TrueFillLoadSegmenter
+    with pytest.raises(FileNotFoundError, match=r"There is no sam_vit_b_01ec64\.pth in .*sams.*https://.*\.pth"):
+        loader.execute("sam_vit_b_01ec64.pth")
+
+
+def test_a_picture_that_is_none_is_refused(segmenter) -> None:
+    broken = picture(32, 32)
+    broken[3, 4, 1] = float("nan")
+    for wrong in (broken, picture(32, 32)[..., :2], picture(32, 32)[..., 0]):
+        with pytest.raises(ValueError, match="The picture to segment"):
+            segmenter.segment(wrong, [PROMPTS["a point"]])
+
+
 def test_a_picture_is_looked_at_once(segmenter, monkeypatch) -> None:
     looks = []
     model = segmenter.patcher.model.network

@@ -99,6 +99,13 @@ def test_the_command_draws_captions(tmp_path, weights):
     assert (row["method"], row["n"], row["split"]) == ("text-to-image", 1, "test") and "seam" not in row
 
 
+def test_the_command_says_what_it_needs(tmp_path):
+    command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--weights", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{tmp_path} has no truefill_demo_" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_missing_weights_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no truefill_demo_inpaint\.safetensors"):
         accuracy.Models(tmp_path)["9-channel"]

@@ -130,24 +130,9 @@ def test_the_hosts_other_nodes_work_on_it(server: Client) -> None:
     graph["skipped"] = node("CLIPSetLastLayer", clip=["demo", 1], stop_at_clip_layer=-2)
     graph["positive"]["inputs"]["clip"] = ["skipped", 0]
     graph["sampler"]["inputs"]["model"] = ["merged", 0]
-    graph["encoded"] = node(
-        "VAEEncodeTiled",
-        pixels=["decoded", 0],
-        vae=["demo", 2],
-        tile_size=256,
-        overlap=64,
-        temporal_size=64,
-        temporal_overlap=8,
-    )
-    graph["again"] = node(
-        "VAEDecodeTiled",
-        samples=["encoded", 0],
-        vae=["demo", 2],
-        tile_size=256,
-        overlap=64,
-        temporal_size=64,
-        temporal_overlap=8,
-    )
+    tiles = {"tile_size": 256, "overlap": 64, "temporal_size": 64, "temporal_overlap": 8}
+    graph["encoded"] = node("VAEEncodeTiled", pixels=["decoded", 0], vae=["demo", 2], **tiles)
+    graph["again"] = node("VAEDecodeTiled", samples=["encoded", 0], vae=["demo", 2], **tiles)
     graph["save again"] = node("PreviewImage", images=["again", 0])
     images = server.run(graph).images
     first, again = (picture(images[name][0]).astype(float) for name in ("save", "save again"))

@@ -64,19 +64,46 @@ def test_a_point_becomes_the_mask_that_the_model_gives(server: Client, file: Pat
     segment, reader = pack_module("model_patches.segment"), pack_module("weights.segment_anything")
     photo, _ = pack_module("imaging.examples").load_example("coffee")
     segmenter = segment.Segmenter.of(reader.read_sam(file))
-    expected, score = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")
+    expected, _ = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")
     found = mask(result.images["save"])
     assert found.shape == (1, *photo.shape[1:3])
     # The server's process may use another number of threads.
     assert (found[0] != expected.numpy()).mean() < 0.001
-    assert 0.001 < found.mean() < 0.999 and np.isfinite(score)
+    assert 0.001 < found.mean() < 0.999
 
 
-def test_boxes_of_another_node_and_separate_masks(server: Client, file: Path) -> None:
+def test_points_and_boxes_of_another_node_are_those_written_in_the_node(server: Client, file: Path) -> None:
+    include, exclude = '[{"x": 130, "y": 120}]', '[{"x": 20, "y": 30}]'
+    drawn = json.dumps(
+        [{"x": 80, "y": 60, "width": 120, "height": 140}, {"x": 10, "y": 200, "width": 300, "height": 90}]
+    )
+    own = graph(include, exclude=exclude, drawn=drawn, separate=True)
+    other = graph("", separate=True)
+    other["points"] = node("TrueFillPoints", image=["photo", 0], include=include, exclude=exclude, drawn=drawn)
+    other["segment"]["inputs"] |= {"include": ["points", 0], "exclude": ["points", 1], "boxes": ["points", 2]}
+    masks = mask(server.run(own).images["save"])
+    assert masks.shape[0] == 2 and (masks[0] != masks[1]).any()
+    assert np.array_equal(mask(server.run(other).images["save"]), masks)
+    for graph_of_it, name in ((own, "separate"), (other, "separate")):
+        graph_of_it["segment"]["inputs"][name] = False
+        assert np.array_equal(mask(server.run(graph_of_it).images["save"])[0], masks.any(axis=0))
+    del other["segment"]["inputs"]["boxes"]
+    assert not np.array_equal(mask(server.run(other).images["save"])[0], masks.any(axis=0))
+
+
+def test_a_box_of_the_host_is_one_of_ours(server: Client, file: Path) -> None:
+    drawn = graph("", drawn='[{"x": 80, "y": 60, "width": 120, "height": 140}]')
     made = graph("")
     made["box"] = node("PrimitiveBoundingBox", x=80, y=60, width=120, height=140)
-    made["segment"]["inputs"] |= {"boxes": ["box", 0], "separate": True}
-    assert mask(server.run(made).images["save"]).shape[0] == 1
+    made["segment"]["inputs"]["boxes"] = ["box", 0]
+    assert np.array_equal(mask(server.run(made).images["save"]), mask(server.run(drawn).images["save"]))
+
+
+def test_points_fit_the_hosts_sam3(server: Client) -> None:
+    info = server.object_info()
+    optional = info["SAM3_Detect"]["input"]["optional"]
+    wanted = [optional[name][0] for name in ("positive_coords", "negative_coords", "bboxes")]
+    assert info["TrueFillPoints"]["output"] == wanted
 
 
 def test_an_empty_rough_mask_gives_an_empty_mask(server: Client, file: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 
 from truefill_testing.host import pack_module
@@ -31,6 +32,7 @@ CFG = 7.5
 SEED = 17
 NOISE_LEVEL = 20
 KINDS = ("x4", "sd15")
+kinds = pytest.mark.parametrize("kind", KINDS)
 SIZES = {"x4": (13, 9), "sd15": (9, 14)}
 SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "heun", "uni_pc")
 

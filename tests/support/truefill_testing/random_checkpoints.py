@@ -75,35 +75,18 @@ def _unet_config(family: str, in_channels: int) -> dict[str, Any]:
         "use_spatial_transformer": True,
     }
     # As in the real models there is attention at latent/2 and latent/4, on the way down and up.
+    four_levels = config | {"channel_mult": [1, 1, 1, 1], "num_res_blocks": [1, 1, 1, 1], "transformer_depth_middle": 1}
+    upper_levels = {"transformer_depth": [1, 1, 1, 0], "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0]}
     if family == "sd15":
-        return config | {
-            "channel_mult": [1, 1, 1, 1],
-            "num_res_blocks": [1, 1, 1, 1],
-            "transformer_depth": [1, 1, 1, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_middle": 1,
-            "context_dim": 768,
-            "num_heads": 8,
-        }
+        return four_levels | upper_levels | {"context_dim": 768, "num_heads": 8}
     if family == "sd2":
-        return config | {
-            "channel_mult": [1, 1, 1, 1],
-            "num_res_blocks": [1, 1, 1, 1],
-            "transformer_depth": [1, 1, 1, 0],
-            "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
-            "transformer_depth_middle": 1,
-            "context_dim": 1024,
-            "num_head_channels": 64,
-            "use_linear_in_transformer": True,
-        }
+        heads = {"num_head_channels": 64, "use_linear_in_transformer": True}
+        return four_levels | upper_levels | {"context_dim": 1024, **heads}
     if family == "x4":
-        return config | {
+        return four_levels | {
             "model_channels": 256,
-            "channel_mult": [1, 1, 1, 1],
-            "num_res_blocks": [1, 1, 1, 1],
             "transformer_depth": [0, 1, 1, 1],
             "transformer_depth_output": [0, 0, 1, 1, 1, 1, 1, 1],
-            "transformer_depth_middle": 1,
             "context_dim": 1024,
             "num_heads": 8,
             "use_linear_in_transformer": True,
