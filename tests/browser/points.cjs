@@ -274,6 +274,23 @@ async function segment(page, job, prefix) {
   )
   await click(page, job.places.two)
   found.again = await page.evaluate(look)
+
+  const entry = 'Open the picture in MaskEditor'
+  found.menu = await page.evaluate(
+    ([id, entry]) => {
+      const { app } = window
+      const offered = (node) => app.canvas.getNodeMenuOptions(node).find((option) => option?.content === entry)
+      const { graph } = app
+      offered(graph.getNodeById(id)).callback()
+      return graph.nodes.filter(offered).map((node) => node.type)
+    },
+    [id, entry]
+  )
+  const editor = page.locator('[class*="mask-editor" i], [class*="maskeditor" i]').filter({ visible: true })
+  await editor.first().waitFor({ timeout: RUN })
+  await page.screenshot({ path: `${prefix}-mask-editor.png` })
+  await page.reload()
+  await ready(page)
   return found
 }
 

@@ -189,6 +189,10 @@ def test_marks_outlive(report: dict[str, Any], what: str) -> None:
         assert report["live"][what][name] == report["live"]["clicked"][name]
 
 
+def test_the_menu_opens_the_pictures_mask_editor(report: dict[str, Any]) -> None:
+    assert report["segment"]["menu"] == ["TrueFillSegment"]
+
+
 def test_after_a_run_the_mask_lies_over_the_picture(report: dict[str, Any], comfyui: Server) -> None:
     found = report["segment"]
     with_mask, without = (
