@@ -10,6 +10,7 @@ import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ..model_patches.rasg import RASG
 from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, generator
 from ..training.world.backgrounds import BACKGROUNDS, PHRASES
 from ..training.world.captions import local_caption
-from ..training.world.triplets import Triplet, make_triplet
+from ..training.world.triplets import Triplet
 from ..weights.demo_model import FOLDER, load_demo_model
 from .judge import Judge
 from .metrics import background_error, seam_visibility
@@ -114,15 +115,37 @@ def as_image(picture: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(picture).float()[None] / 255.0
 
 
-def fill(models: Models, method: Method, triplet: Triplet, seed: int, sampling: Sampling) -> torch.Tensor:
-    """The finished picture [1, H, W, 3] of one triplet."""
-    model, clip, vae = models[method.model]
-    pixels, mask = as_image(triplet.scene.picture), torch.from_numpy(triplet.hole).float()[None]
-    positive, negative = encode_prompt(clip, triplet.prompt), encode_prompt(clip, "")
+@dataclass(frozen=True)
+class Task:
+    """A triplet, encoded for one model by the host's nodes: the same for every method.
+
+    `pixels` [1, H, W, 3], `hole` [1, H, W]; `conditions` are the positive, the negative and the latent; `seconds` is what
+    encoding took.
+    """
+
+    triplet: Triplet
+    model: str
+    pixels: torch.Tensor
+    hole: torch.Tensor
+    conditions: tuple[Any, Any, dict[str, torch.Tensor]]
+    seconds: float
+
+
+def prepare(models: Models, model: str, triplet: Triplet) -> Task:
+    """Encode a triplet for one of MODELS."""
+    started = time.perf_counter()
+    _, clip, vae = models[model]
+    pixels, hole = as_image(triplet.scene.picture), torch.from_numpy(triplet.hole).float()[None]
     with torch.inference_mode():
-        conditions = host_nodes.InpaintModelConditioning().encode(
-            positive, negative, pixels, vae, mask, noise_mask=True
-        )
+        positive, negative = encode_prompt(clip, triplet.prompt), encode_prompt(clip, "")
+        conditions = host_nodes.InpaintModelConditioning().encode(positive, negative, pixels, vae, hole, noise_mask=True)
+    return Task(triplet, model, pixels, hole, conditions, time.perf_counter() - started)
+
+
+def fill(models: Models, method: Method, task: Task, seed: int, sampling: Sampling) -> torch.Tensor:
+    """The finished picture [1, H, W, 3] of a triplet that was prepared for the method's model."""
+    model, _, vae = models[method.model]
+    with torch.inference_mode():
         (latent,) = host_nodes.common_ksampler(
             patched(model, method),
             seed,
@@ -130,25 +153,23 @@ def fill(models: Models, method: Method, triplet: Triplet, seed: int, sampling: 
             sampling.cfg,
             sampling.sampler,
             sampling.scheduler,
-            *conditions,
+            *task.conditions,
             denoise=1.0,
         )
         made = vae.decode(latent["samples"]).float().cpu()
-        return composite(pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, mask, 1).movedim(1, -1)
+        return composite(task.pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, task.hole, 1).movedim(1, -1)
 
 
 def attempt(
-    models: Models, method: Method, split: str, index: int, sampling: Sampling, judge: Judge
+    models: Models, method: Method, task: Task, index: int, sampling: Sampling, judge: Judge
 ) -> tuple[Outcome, torch.Tensor]:
-    """Fill one triplet of a split and judge the picture [1, H, W, 3]. The noise depends on the triplet alone."""
-    triplet = make_triplet(split, index)
+    """Fill a triplet and judge the picture [1, H, W, 3]. The noise depends on its index alone."""
     started = time.perf_counter()
-    result = fill(models, method, triplet, index, sampling)
-    seconds = time.perf_counter() - started
-    pixels, hole = result.movedim(-1, 1), torch.from_numpy(triplet.hole).float()[None, None]
-    scene = as_image(triplet.scene.picture).movedim(-1, 1)
+    result = fill(models, method, task, index, sampling)
+    seconds = task.seconds + time.perf_counter() - started
+    pixels, scene, hole = result.movedim(-1, 1), task.pixels.movedim(-1, 1), task.hole[:, None]
     seen = judge.in_hole(pixels[0], hole[0, 0])
-    right = (seen.shape, seen.colour) == (triplet.shape, triplet.colour)
+    right = (seen.shape, seen.colour) == (task.triplet.shape, task.triplet.colour)
     return (
         Outcome(
             index,

@@ -90,6 +90,7 @@ def work(options: argparse.Namespace) -> None:
 
     share, shares, folder = options.share.split("/", 2)
     accuracy = pack_module("evaluation.accuracy")
+    make_triplet = pack_module("training.world.triplets").make_triplet
     judge = pack_module("evaluation.judge").Judge(options.weights)
     models = accuracy.Models(options.weights)
     sampling = accuracy.Sampling(steps=options.steps, cfg=options.cfg)
@@ -97,11 +98,14 @@ def work(options: argparse.Namespace) -> None:
     for place, index in enumerate(numbers(options)):
         if place % int(shares) != int(share):
             continue
+        task = None
         for number, method in enumerate(rows):
             if method is None:
                 outcome, picture = accuracy.attempt_caption(models, options.split, index, sampling, judge)
             else:
-                outcome, picture = accuracy.attempt(models, method, options.split, index, sampling, judge)
+                if task is None or task.model != method.model:
+                    task = accuracy.prepare(models, method.model, make_triplet(options.split, index))
+                outcome, picture = accuracy.attempt(models, method, task, index, sampling, judge)
             if place < GRID_TRIPLETS and options.grid:
                 pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(Path(folder) / f"{place}-{number}.png")

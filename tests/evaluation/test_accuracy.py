@@ -30,21 +30,25 @@ def weights(tmp_path_factory):
 def test_a_filled_triplet_is_the_scene_outside_of_the_hole(model, weights):
     models = accuracy.Models(weights)
     triplet = triplets.make_triplet("dev", 0)
-    plain = accuracy.fill(models, accuracy.Method(model), triplet, 0, QUICK)
+    task = accuracy.prepare(models, model, triplet)
+    plain = accuracy.fill(models, accuracy.Method(model), task, 0, QUICK)
     assert plain.shape == (1, 256, 256, 3)
     scene, known = accuracy.as_image(triplet.scene.picture), torch.from_numpy(~triplet.hole)
-    both = accuracy.fill(models, accuracy.Method(model, painta=True, eta=0.1), triplet, 0, QUICK)
+    both = accuracy.fill(models, accuracy.Method(model, painta=True, eta=0.1), task, 0, QUICK)
     for picture in (plain, both):
         assert torch.equal(picture[0][known], scene[0][known])
         assert not torch.equal(picture[0][~known], scene[0][~known])
     assert not torch.equal(plain, both)
-    # The noise depends on the seed alone.
-    assert torch.equal(plain, accuracy.fill(models, accuracy.Method(model), triplet, 0, QUICK))
-    assert not torch.equal(plain, accuracy.fill(models, accuracy.Method(model), triplet, 1, QUICK))
+    # The noise depends on the seed alone, and no method leaves anything in the task.
+    fresh = accuracy.prepare(models, model, triplet)
+    for again in (task, fresh):
+        assert torch.equal(plain, accuracy.fill(models, accuracy.Method(model), again, 0, QUICK))
+    assert not torch.equal(plain, accuracy.fill(models, accuracy.Method(model), task, 1, QUICK))
 
 
-def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch):
+def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch, weights):
     triplet = triplets.make_triplet("dev", 3)
+    task = accuracy.prepare(accuracy.Models(weights), "9-channel", triplet)
     monkeypatch.setattr(accuracy, "fill", lambda *_: accuracy.as_image(triplet.scene.picture) + 0.0)
     seen = judges.Seen(triplet.shape, triplet.colour)
 
@@ -53,11 +57,12 @@ def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch):
             assert picture.shape == (3, 256, 256) and torch.equal(hole > 0, torch.from_numpy(triplet.hole))
             return seen
 
-    outcome, picture = accuracy.attempt({}, accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
+    outcome, picture = accuracy.attempt({}, accuracy.Method("9-channel"), task, 3, QUICK, Says())
     assert outcome.right and not outcome.empty
+    assert outcome.seconds > task.seconds > 0.0
     assert outcome.background_error == 0.0 and outcome.seam == 0.0 and picture.shape == (1, 256, 256, 3)
     seen = judges.Seen(None, triplet.colour)
-    outcome, _ = accuracy.attempt({}, accuracy.Method("9-channel"), "dev", 3, QUICK, Says())
+    outcome, _ = accuracy.attempt({}, accuracy.Method("9-channel"), task, 3, QUICK, Says())
     assert not outcome.right and outcome.empty
 
 

@@ -154,11 +154,13 @@ def test_the_benchmark_makes_the_pictures_of_the_shipped_graph(server: Client) -
 
     images = server.run(graph).images
 
+    models = accuracy.Models()
+    task = accuracy.prepare(models, "9-channel", triplet)
     for title, method in (
         ("Plain", accuracy.Method("9-channel")),
         ("PAIntA + RASG", accuracy.Method("9-channel", painta=True, eta=eta)),
     ):
-        expected = accuracy.fill(accuracy.Models(), method, triplet, samplers[0]["seed"], settings)[0].numpy()
+        expected = accuracy.fill(models, method, task, samplers[0]["seed"], settings)[0].numpy()
         made = picture(images[titled[title][0]][0])
         # The server's process may use another number of threads.
         assert np.abs(made - (255.0 * expected)).max() < 1.5
