@@ -138,7 +138,9 @@ def prepare(models: Models, model: str, triplet: Triplet) -> Task:
     pixels, hole = as_image(triplet.scene.picture), torch.from_numpy(triplet.hole).float()[None]
     with torch.inference_mode():
         positive, negative = encode_prompt(clip, triplet.prompt), encode_prompt(clip, "")
-        conditions = host_nodes.InpaintModelConditioning().encode(positive, negative, pixels, vae, hole, noise_mask=True)
+        conditions = host_nodes.InpaintModelConditioning().encode(
+            positive, negative, pixels, vae, hole, noise_mask=True
+        )
     return Task(triplet, model, pixels, hole, conditions, time.perf_counter() - started)
 
 

@@ -11,12 +11,10 @@ Memory is the greatest growth during a step over what is held before it.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import platform
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,6 +38,7 @@ import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 
 guidance = pack_module("model_patches.guidance")
+PeakMemory = pack_module("evaluation.measure").PeakMemory
 PAIntA = pack_module("model_patches.painta").PAIntA
 RASG = pack_module("model_patches.rasg").RASG
 
@@ -187,43 +186,6 @@ def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Scene) -> 
         unet.requires_grad_(False)
         for handle in handles:
             handle.remove()
-
-
-class PeakMemory:
-    """Growth of memory during a `with` block: of the CUDA allocator, or of this process's resident memory (polled)."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        self.bytes = 0
-
-    def __enter__(self) -> PeakMemory:
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-            return self
-        import psutil
-
-        if platform.system() == "Linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._process = psutil.Process()
-        self._before = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated() - self._before
-        else:
-            self._done.set()
-            self._watcher.join()
 
 
 def measure(step: Callable[[], None], device: torch.device) -> tuple[float, float]:

@@ -43,6 +43,7 @@ colour = pack_module("imaging.colour")
 fill = pack_module("imaging.fill")
 harmonising = pack_module("imaging.harmonise")
 metrics = pack_module("evaluation.metrics")
+show_table = pack_module("evaluation.measure").show_table
 morphology = pack_module("imaging.morphology")
 poisson = pack_module("imaging.poisson")
 region = pack_module("imaging.region")
@@ -210,17 +211,6 @@ def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dic
     return rows
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print one table."""
-    print(f"\n{title}")
-    lines = [list(rows[0])] + [
-        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python dev.py bench region", description=(__doc__ or "").split("\n")[0])
@@ -233,16 +223,16 @@ def main() -> None:
     machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(machine)
     results = {"harmonise": quality(), "identity": identity(), "grow": growth()}
-    show(f"Tone shifts of a fill, {QUALITY_SIZE} px (levels of 255; seam 0 can't be seen)", results["harmonise"])
-    show("Crop and stitch without a change (levels of 255)", results["identity"])
-    show("Growing a disc (pixels that its edge moves)", results["grow"])
+    show_table(f"Tone shifts of a fill, {QUALITY_SIZE} px (levels of 255; seam 0 can't be seen)", results["harmonise"])
+    show_table("Crop and stitch without a change (levels of 255)", results["identity"])
+    show_table("Growing a disc (pixels that its edge moves)", results["grow"])
     results["memory"] = upscaler_memory()
-    show(
+    show_table(
         "Upscale Inpainted with the x4 upscaler (GiB, the host's estimate on this machine, half precision)",
         results["memory"],
     )
     results["speed"] = speed(options.sizes, options.batch, options.rounds)
-    show("Seconds", results["speed"])
+    show_table("Seconds", results["speed"])
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, **results}, indent=1))
 

@@ -1,4 +1,4 @@
-"""Segment Anything under the host's memory manager: a mask for points, boxes or a rough mask.
+"""Segment Anything, SAM-HQ and SAM 2 under the host's memory manager: a mask for points, boxes or a rough mask.
 
 The image encoder, which takes most of the time, runs once for a picture; what it found is kept for the next clicks.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from ..imaging.prompts import Box, Point
 from ..imaging.region import check_pictures
 
 KEPT_PICTURES = 16
-"""So many pictures' embeddings are kept (4 MB each for the published models)."""
+"""So many pictures' embeddings are kept (4 MB each for Segment Anything, 16 to 24 MB for SAM-HQ and SAM 2)."""
 
 Pick = Literal["best", "smallest", "middle", "largest", "all together"]
 
@@ -64,6 +64,60 @@ class Found:
         return masks[index], float(self.scores[index])
 
 
+@dataclass(frozen=True)
+class _Family:
+    """How a family of networks wants its pictures, and what a picture becomes.
+
+    `stretched`: to a square; else the longer side is scaled and the rest is padded. `look` makes the embeddings of framed
+    pixels; `given` are the network's arguments for them. `attention` tells the heads and tokens of its widest attention.
+    """
+
+    stretched: bool
+    look: Callable[[Any, torch.Tensor], tuple[torch.Tensor, ...]]
+    given: Callable[[tuple[torch.Tensor, ...]], dict[str, Any]]
+    attention: Callable[[Any], tuple[int, int]]
+
+
+def _vit_attention(config: Any) -> tuple[int, int]:
+    vision = config.vision_config
+    return vision.num_attention_heads, (vision.image_size // vision.patch_size) ** 2
+
+
+def _hiera_attention(config: Any) -> tuple[int, int]:
+    # The third of its stages, at 1/16, is the one with attention over the whole picture.
+    prompts = config.prompt_encoder_config
+    heads = config.vision_config.backbone_config.num_attention_heads_per_stage[2]
+    return heads, (prompts.image_size // prompts.patch_size) ** 2
+
+
+def _look_hq(network: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    embedding, of_blocks = network.get_image_embeddings(pixels)
+    # The decoder reads the first of them alone.
+    return embedding, of_blocks[0]
+
+
+_FAMILIES = {
+    "sam": _Family(
+        False,
+        lambda network, pixels: (network.get_image_embeddings(pixels),),
+        lambda found: {"image_embeddings": found[0]},
+        _vit_attention,
+    ),
+    "sam_hq": _Family(
+        False,
+        _look_hq,
+        lambda found: {"image_embeddings": found[0], "intermediate_embeddings": [found[1]]},
+        _vit_attention,
+    ),
+    "sam2": _Family(
+        True,
+        lambda network, pixels: tuple(network.get_image_embeddings(pixels)),
+        lambda found: {"image_embeddings": list(found)},
+        _hiera_attention,
+    ),
+}
+
+
 class _Placed(torch.nn.Module):
     """What the host places: it notes the device on a model, and transformers' models do not let it."""
 
@@ -74,14 +128,14 @@ class _Placed(torch.nn.Module):
 
 @dataclass
 class Segmenter:
-    """transformers' SamModel, placed by the host."""
+    """transformers' SamModel, SamHQModel or Sam2Model, placed by the host."""
 
     patcher: ModelPatcher
-    _embeddings: OrderedDict[tuple[str, torch.Size], torch.Tensor] = field(default_factory=OrderedDict)
+    _embeddings: OrderedDict[tuple[str, torch.Size], tuple[torch.Tensor, ...]] = field(default_factory=OrderedDict)
 
     @classmethod
     def of(cls, model: Any) -> Segmenter:
-        """A segmenter of a SamModel: half precision where the host uses it, float32 on a CPU."""
+        """A segmenter of such a network: half precision where the host uses it, float32 on a CPU."""
         device = comfy.model_management.get_torch_device()
         half = comfy.model_management.should_use_fp16(device)
         placed = _Placed(model.to(torch.float16 if half else torch.float32))
@@ -97,7 +151,7 @@ class Segmenter:
         check_pictures(picture[None], "The picture to segment")
         if any(not prompt.include and prompt.box is None and prompt.rough is None for prompt in prompts):
             raise ValueError("A segmenter needs a point on the thing, a box around it, or a rough mask of it.")
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=self._memory, force_full_load=True)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=self.memory, force_full_load=True)
         embedding = self._embedding(picture)
         return [self._found(embedding, prompt, picture.shape[:2]) for prompt in prompts]
 
@@ -106,46 +160,51 @@ class Segmenter:
         return self.patcher.model.network
 
     @property
-    def _side(self) -> int:
-        return self._network.config.vision_config.image_size
+    def _family(self) -> _Family:
+        return _FAMILIES[self._network.config.model_type]
 
     @property
-    def _memory(self) -> int:
+    def _side(self) -> int:
+        return self._network.config.prompt_encoder_config.image_size
+
+    @property
+    def memory(self) -> int:
         """Bytes that looking at a picture takes: the image encoder's attention, its softmax and its positions at once."""
-        vision = self._network.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2
-        return 3 * vision.num_attention_heads * tokens**2 * self._network.dtype.itemsize
+        heads, tokens = self._family.attention(self._network.config)
+        return 3 * heads * tokens**2 * self._network.dtype.itemsize
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a picture whose longer side is the network's, as its authors round it."""
+        """Height and width of a picture as the network sees it, without padding, rounded as its authors do."""
+        if self._family.stretched:
+            return self._side, self._side
         scale = self._side / max(size)
         return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
 
     def _framed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[C, H, W] scaled to the network's longer side and padded below and to the right: [1, C, side, side]."""
+        """[C, H, W] scaled to the network's size and padded below and to the right: [1, C, side, side]."""
         size = self._resized((pixels.shape[1], pixels.shape[2]))
         if size != pixels.shape[1:]:
             pixels = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
         return F.pad(pixels, (0, self._side - size[1], 0, self._side - size[0]))[None]
 
-    def _embedding(self, picture: torch.Tensor) -> torch.Tensor:
+    def _embedding(self, picture: torch.Tensor) -> tuple[torch.Tensor, ...]:
         picture = picture[..., :3].contiguous()
         digest = hashlib.blake2b(picture.cpu().numpy().tobytes(), digest_size=16).hexdigest()
         key = (digest, picture.shape)
         if key in self._embeddings:
             self._embeddings.move_to_end(key)
         else:
-            model, device = self._network, self.patcher.load_device
+            device = self.patcher.load_device
             pixels = picture.to(device, torch.float32).movedim(-1, 0).clamp(0.0, 1.0) * 255.0
             mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _DEVIATION))
-            framed = self._framed((pixels - mean) / deviation).to(model.dtype)
-            kept = model.get_image_embeddings(framed)
-            self._embeddings[key] = kept.to(comfy.model_management.intermediate_device())
+            framed = self._framed((pixels - mean) / deviation).to(self._network.dtype)
+            kept = comfy.model_management.intermediate_device()
+            self._embeddings[key] = tuple(part.to(kept) for part in self._family.look(self._network, framed))
             while len(self._embeddings) > KEPT_PICTURES:
                 self._embeddings.popitem(last=False)
         return self._embeddings[key]
 
-    def _found(self, embedding: torch.Tensor, prompt: Prompt, size: torch.Size) -> Found:
+    def _found(self, embedding: tuple[torch.Tensor, ...], prompt: Prompt, size: torch.Size) -> Found:
         model, device = self._network, self.patcher.load_device
         height, width = self._resized((size[0], size[1]))
         scale = torch.tensor([width / size[1], height / size[0]], device=device)
@@ -153,13 +212,13 @@ class Segmenter:
         if prompt.rough is not None:
             mask = resize_mask(prompt.rough, (size[0], size[1])).to(device)
             box = box or _around(mask)
-            grid = 4 * (self._side // model.config.vision_config.patch_size)
+            grid = 4 * (self._side // model.config.prompt_encoder_config.patch_size)
             rough = F.interpolate(self._framed(mask[0]), size=(grid, grid), mode="bilinear", antialias=True)
             rough = ((2.0 * rough - 1.0) * _CERTAIN).to(model.dtype)
         points = [*prompt.include, *prompt.exclude]
         labels = [1] * len(prompt.include) + [0] * len(prompt.exclude)
         output = model(
-            image_embeddings=embedding.to(device, model.dtype),
+            **self._family.given(tuple(part.to(device, model.dtype) for part in embedding)),
             # In float32: a place in a picture has more digits than half precision keeps.
             input_points=torch.tensor([[points]], device=device) * scale if points else None,
             input_labels=torch.tensor([[labels]], device=device) if points else None,
@@ -167,8 +226,10 @@ class Segmenter:
             input_masks=rough,
             multimask_output=True,
         )
-        logits = F.interpolate(output.pred_masks[0].float(), size=(self._side, self._side), mode="bilinear")
-        logits = F.interpolate(logits[..., :height, :width], size=(size[0], size[1]), mode="bilinear")[0]
+        logits = output.pred_masks[0].float()
+        if not self._family.stretched:
+            logits = F.interpolate(logits, size=(self._side, self._side), mode="bilinear")[..., :height, :width]
+        logits = F.interpolate(logits, size=(size[0], size[1]), mode="bilinear")[0]
         to = comfy.model_management.intermediate_device()
         return Found(logits.to(to), output.iou_scores[0, 0].float().to(to))
 

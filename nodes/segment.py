@@ -10,19 +10,22 @@ from comfy_api.latest import io, ui
 from ..imaging.masks import as_mask_batch
 from ..imaging.prompts import check_inside, parse_boxes, parse_drawn, parse_points
 from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
-from ..weights.segment_anything import SUFFIXES, WHERE_TO_GET, read_sam
+from ..weights.segmenters import SUFFIXES, WHERE_TO_GET, read_segmenter
 
-FOLDER = "sams"
+FOLDERS = ("sams", "sam2")
 # Where there is no file at all, a graph still names one, and running it says where to get it.
 FIRST_CHOICE = "sam_vit_b_01ec64.pth"
 
 SegmenterType = io.Custom("SEGMENTER")
 
-folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
+for _folder in FOLDERS:
+    folder_paths.add_model_folder_path(_folder, str(Path(folder_paths.models_dir) / _folder))
 
 
 def _files() -> list[str]:
-    return [name for name in folder_paths.get_filename_list(FOLDER) if name.lower().endswith(SUFFIXES)]
+    """The names of all folders' files, each once."""
+    names = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
+    return [name for name in dict.fromkeys(names) if name.lower().endswith(SUFFIXES)]
 
 
 def _mark_inputs() -> list[io.Input]:
@@ -52,13 +55,13 @@ class TrueFillLoadSegmenter(io.ComfyNode):
             node_id="TrueFillLoadSegmenter",
             display_name="Load Segmenter (TrueFill)",
             category="TrueFill/0 load",
-            description="Loads a Segment Anything model (ViT-B, L or H; .pth or safetensors) from models/sams, for Segment.",
-            search_aliases=["sam", "segment anything", "sam loader", "load sam"],
+            description="Loads a Segment Anything (ViT-B, L or H), SAM-HQ or SAM 2 model, for Segment.",
+            search_aliases=["sam", "segment anything", "sam loader", "load sam", "sam2", "sam hq", "high quality sam"],
             inputs=[
                 io.Combo.Input(
                     "segmenter",
                     options=_files() or [FIRST_CHOICE],
-                    tooltip="The file, in models/sams. ViT-B (375 MB) is the smallest.",
+                    tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is.",
                 )
             ],
             outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],
@@ -66,13 +69,14 @@ class TrueFillLoadSegmenter(io.ComfyNode):
 
     @classmethod
     def execute(cls, segmenter: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path(FOLDER, segmenter)
+        found = (folder_paths.get_full_path(folder, segmenter) for folder in FOLDERS)
+        path = next((path for path in found if path is not None), None)
         if path is None:
-            folders = " or ".join(folder_paths.get_folder_paths(FOLDER))
+            folders = " or ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
             raise FileNotFoundError(
                 f"There is no {segmenter} in {folders}: get a Segment Anything file ({WHERE_TO_GET}), put it there, press R."
             )
-        return io.NodeOutput(Segmenter.of(read_sam(path)))
+        return io.NodeOutput(Segmenter.of(read_segmenter(path)))
 
 
 class TrueFillSegment(io.ComfyNode):

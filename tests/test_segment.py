@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from truefill_testing.host import pack_module
-from truefill_testing.small_sam import SIDE, small_sam
+from truefill_testing.small_sam import PROMPTS, SIDE, Prompt, predicted, small_sam
+from truefill_testing.small_sam import smooth_picture as picture
 
-reader = pack_module("weights.segment_anything")
+reader = pack_module("weights.segmenters")
 segment = pack_module("model_patches.segment")
-Prompt = segment.Prompt
 
 
 @pytest.fixture(scope="module")
@@ -35,40 +35,7 @@ def file(sam, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def segmenter(file):
-    return segment.Segmenter.of(reader.read_sam(file))
-
-
-def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 5, 6, generator=generator)
-    return F.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)[0].movedim(0, -1)
-
-
-def literal(sam, image: torch.Tensor, prompt) -> tuple[torch.Tensor, torch.Tensor]:
-    """The package's own predictor: logits [3, H, W] and scores [3]."""
-    predictor = segment_anything.SamPredictor(sam)
-    height, width = image.shape[:2]
-    new = predictor.transform.get_preprocess_shape(height, width, SIDE)
-    pixels = 255 * image.movedim(-1, 0)[None]
-    if new != (height, width):
-        pixels = F.interpolate(pixels, size=new, mode="bilinear", antialias=True)
-    predictor.set_torch_image(pixels, (height, width))
-    points = [*prompt.include, *prompt.exclude]
-    labels = [1] * len(prompt.include) + [0] * len(prompt.exclude)
-    coords = predictor.transform.apply_coords_torch(torch.tensor([points]), (height, width)) if points else None
-    box = prompt.box and predictor.transform.apply_boxes_torch(torch.tensor([prompt.box]), (height, width))
-    masks, scores, _ = predictor.predict_torch(
-        coords, torch.tensor([labels]) if points else None, box, prompt.rough, True, return_logits=True
-    )
-    return masks[0], scores[0]
-
-
-PROMPTS = {
-    "a point": Prompt([(20.0, 31.0)]),
-    "points": Prompt([(20.0, 31.0), (40.0, 12.0)], [(3.0, 50.0)]),
-    "box": Prompt(box=(5.0, 8.0, 41.0, 39.0)),
-    "box and points": Prompt([(20.0, 31.0)], [(6.0, 9.0)], (5.0, 8.0, 41.0, 39.0)),
-}
+    return segment.Segmenter.of(reader.read_segmenter(file))
 
 
 @pytest.mark.parametrize("size", [(SIDE, 96), (96, SIDE), (61, 77), (300, 205)], ids=str)
@@ -76,7 +43,7 @@ PROMPTS = {
 def test_it_answers_as_the_package_does(sam, segmenter, name: str, size: tuple[int, int]) -> None:
     image = picture(*size)
     (found,) = segmenter.segment(image, [PROMPTS[name]])
-    logits, scores = literal(sam, image, PROMPTS[name])
+    logits, scores = predicted(sam, image, PROMPTS[name])
     assert found.logits.shape == (3, *size)
     assert float(logits.std()) > 0.05, "a flat answer would say nothing"
     assert float((found.logits - logits).abs().max()) < 1e-4 * max(1.0, float(logits.abs().max()))
@@ -88,8 +55,8 @@ def test_it_answers_as_the_package_does(sam, segmenter, name: str, size: tuple[i
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_half_precision_finds_the_same(file, name: str, dtype: torch.dtype) -> None:
     image = picture(300, 205)
-    exact = segment.Segmenter.of(reader.read_sam(file)).segment(image, [PROMPTS[name]])[0]
-    half = segment.Segmenter.of(reader.read_sam(file))
+    exact = segment.Segmenter.of(reader.read_segmenter(file)).segment(image, [PROMPTS[name]])[0]
+    half = segment.Segmenter.of(reader.read_segmenter(file))
     half.patcher.model.to(dtype)
     found = half.segment(image, [PROMPTS[name]])[0]
     assert found.logits.dtype == torch.float32 and found.logits.isfinite().all()
@@ -102,7 +69,7 @@ def test_a_rough_mask_is_its_logits_and_its_box(sam, segmenter) -> None:
     (found,) = segmenter.segment(image, [Prompt(rough=rough)])
     low = F.interpolate(rough[None, None], size=(32, 32), mode="bilinear", antialias=True)
     prompt = Prompt(box=(38.0, 28.8, 82.0, 99.2), rough=16 * low - 8)
-    logits, scores = literal(sam, image, prompt)
+    logits, scores = predicted(sam, image, prompt)
     assert torch.allclose(found.logits, logits, atol=1e-4 * float(logits.abs().max()))
     assert torch.allclose(found.scores, scores, atol=1e-4)
     # A mask of another size says nearly the same: its edge is softer.
@@ -115,7 +82,7 @@ def test_every_key_of_the_published_networks_has_its_place(kind: str) -> None:
     with torch.device("meta"):
         published = segment_anything.sam_model_registry[kind]()
     state = published.state_dict()
-    model = reader.sam_from_state(state, f"{kind}.pth")
+    model = reader.segmenter_from_state(state, f"{kind}.pth")
     twice = state["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"].numel()
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in state.values()) + twice
     config = model.config.vision_config
@@ -128,13 +95,15 @@ def test_every_key_of_the_published_networks_has_its_place(kind: str) -> None:
 
 def test_safetensors_and_the_hubs_layout_are_the_same_network(sam, file, tmp_path) -> None:
     image, prompt = picture(80, 110), PROMPTS["points"]
-    (expected,) = segment.Segmenter.of(reader.read_sam(file)).segment(image, [prompt])
+    (expected,) = segment.Segmenter.of(reader.read_segmenter(file)).segment(image, [prompt])
     save_file({name: tensor.contiguous() for name, tensor in sam.state_dict().items()}, tmp_path / "a.safetensors")
-    hub = reader.read_sam(file).state_dict()
+    hub = reader.read_segmenter(file).state_dict()
     del hub["prompt_encoder.shared_embedding.positional_embedding"]
     save_file(hub, tmp_path / "b.safetensors")
     for name in ("a", "b"):
-        (found,) = segment.Segmenter.of(reader.read_sam(tmp_path / f"{name}.safetensors")).segment(image, [prompt])
+        (found,) = segment.Segmenter.of(reader.read_segmenter(tmp_path / f"{name}.safetensors")).segment(
+            image, [prompt]
+        )
         assert torch.allclose(found.logits, expected.logits, atol=1e-5)
         assert torch.allclose(found.scores, expected.scores, atol=1e-5)
 
@@ -158,15 +127,15 @@ def wrong_files(folder: Path, sam) -> dict[str, tuple[Path, str]]:
     (folder / "cut.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     one = torch.zeros(1)
     others = {
-        "sam2": ({"image_encoder.trunk.blocks.0.norm1.weight": one}, "is a SAM 2 file"),
-        "hq": ({**state, "mask_decoder.hf_token.weight": one}, "is a SAM-HQ file"),
+        "sam3": ({"detector.backbone.vision_backbone.trunk.pos_embed": one}, "is a SAM 3 file, which ComfyUI's own"),
+        "light": ({"image_encoder.patch_embed.seq.0.c.weight": one}, "is a MobileSAM or SAM-HQ Light file"),
         "unet": ({"model.diffusion_model.out.2.bias": one}, "is a diffusion checkpoint"),
         "other": ({"fc.weight": one}, "is something else"),
         "missing": (
             {k: v for k, v in state.items() if k != "mask_decoder.iou_token.weight"},
             "mask_decoder.iou_token.weight",
         ),
-        "more": ({**state, "extra.weight": one}, "incomplete or changed Segment Anything file: extra.weight"),
+        "more": ({**state, "extra.weight": one}, "incomplete or changed segmenter file: extra.weight"),
     }
     for name, (tensors, _) in others.items():
         torch.save(tensors, folder / f"{name}.pth")
@@ -178,7 +147,7 @@ def wrong_files(folder: Path, sam) -> dict[str, tuple[Path, str]]:
 def test_wrong_files_get_one_sentence_and_run_nothing(sam, tmp_path) -> None:
     for path, says in wrong_files(tmp_path, sam).values():
         with pytest.raises(ValueError, match=says.replace(".", r"\.")) as caught:
-            reader.read_sam(path)
+            reader.read_segmenter(path)
         message = str(caught.value)
         assert message.startswith(path.name) and "\n" not in message and "https://" in message
     assert not (tmp_path / "made").exists()

@@ -15,8 +15,8 @@ from PIL import Image
 
 from devtools.client import Client, GraphFailed, GraphRejected
 from devtools.server import Server
-from truefill_testing.host import pack_module
-from truefill_testing.small_sam import small_sam
+from truefill_testing.host import ROOT, pack_module
+from truefill_testing.small_sam import sam2_state, small_sam
 
 FILE = "truefill_small_sam.pth"
 
@@ -61,12 +61,32 @@ def mask(images: list[bytes]) -> np.ndarray:
 
 def test_a_point_becomes_the_mask_that_the_model_gives(server: Client, file: Path) -> None:
     result = server.run(graph('[{"x": 130, "y": 120}]'))
-    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segment_anything")
+    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segmenters")
     photo, _ = pack_module("imaging.examples").load_example("coffee")
-    segmenter = segment.Segmenter.of(reader.read_sam(file))
+    segmenter = segment.Segmenter.of(reader.read_segmenter(file))
     expected, _ = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")
     found = mask(result.images["save"])
     assert found.shape == (1, *photo.shape[1:3])
+    # The server's process may use another number of threads.
+    assert (found[0] != expected.numpy()).mean() < 0.001
+    assert 0.001 < found.mean() < 0.999
+
+
+def test_a_sam2_file_in_its_own_folder_is_listed_and_works(server: Client, file: Path) -> None:
+    path = file.parent.parent / "sam2" / "truefill_sam2.1_hiera_tiny.pt"
+    path.parent.mkdir(exist_ok=True)
+    state = sam2_state(json.loads((ROOT / "tests" / "data" / "sam2_1_hiera_tiny.json").read_text())["shapes"])
+    torch.save({"model": state}, path)
+    made = graph('[{"x": 130, "y": 120}]')
+    made["load"]["inputs"]["segmenter"] = path.name
+    try:
+        found = mask(server.run(made).images["save"])
+    finally:
+        path.unlink()
+    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segmenters")
+    photo, _ = pack_module("imaging.examples").load_example("coffee")
+    segmenter = segment.Segmenter.of(reader.segmenter_from_state(state, "sam2.pt"))
+    expected, _ = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")
     # The server's process may use another number of threads.
     assert (found[0] != expected.numpy()).mean() < 0.001
     assert 0.001 < found.mean() < 0.999

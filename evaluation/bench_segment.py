@@ -1,0 +1,94 @@
+"""Time and memory of segmenters in the published sizes: looking at a picture, and a click on one that was looked at.
+
+Random weights: the cost does not depend on them. Memory is the greatest growth while a picture is looked at, beside what the node
+asks the host to keep free.
+
+    python dev.py bench segment [--networks vit_b sam2_tiny] [--size 768 1024] [--clicks 5] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from truefill_testing.host import ensure_host, pack_module  # noqa: E402
+
+ensure_host()
+
+import comfy.model_management  # noqa: E402
+import segment_anything  # noqa: E402
+import torch  # noqa: E402
+
+from truefill_testing.small_sam import sam2_state, smooth_picture  # noqa: E402
+
+measure = pack_module("evaluation.measure")
+segment = pack_module("model_patches.segment")
+segmenters = pack_module("weights.segmenters")
+
+MIB = 2**20
+NETWORKS = ("vit_b", "vit_l", "vit_h", "sam2_tiny")
+SAM2_TINY = ROOT / "tests" / "data" / "sam2_1_hiera_tiny.json"
+
+
+def weights(network: str) -> dict[str, torch.Tensor]:
+    """A file's tensors."""
+    if network == "sam2_tiny":
+        return sam2_state(json.loads(SAM2_TINY.read_text())["shapes"])
+    return segment_anything.sam_model_registry[network]().state_dict()
+
+
+def row(network: str, height: int, width: int, clicks: int) -> dict[str, Any]:
+    """One network's figures."""
+    segmenter = segment.Segmenter.of(segmenters.segmenter_from_state(weights(network), network))
+    device = comfy.model_management.get_torch_device()
+    prompts = [segment.Prompt([(width * (1.0 + click) / (1.0 + clicks), height / 2.0)]) for click in range(clicks)]
+    # The first call also places the network.
+    segmenter.segment(smooth_picture(height, width, seed=1), prompts[:1])
+    picture = smooth_picture(height, width, seed=2)
+    with measure.PeakMemory(device) as memory:
+        started = time.perf_counter()
+        segmenter.segment(picture, prompts[:1])
+        first = time.perf_counter() - started
+    seconds = []
+    for prompt in prompts:
+        started = time.perf_counter()
+        segmenter.segment(picture, [prompt])
+        seconds.append(time.perf_counter() - started)
+    return {
+        "network": network,
+        "picture": f"{width}x{height}",
+        "first click, s": first,
+        "next click, s": statistics.median(seconds),
+        "memory, MiB": memory.bytes / MIB,
+        "asked for, MiB": segmenter.memory / MIB,
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python dev.py bench segment", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["vit_b", "sam2_tiny"])
+    parser.add_argument("--size", type=int, nargs=2, default=(768, 1024), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--clicks", type=int, default=5, help="counted clicks (default: 5)")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    height, width = options.size
+    rows = [row(network, height, width, options.clicks) for network in options.networks]
+    measure.show_table(machine, rows)
+    if options.json:
+        options.json.write_text(json.dumps([{"machine": machine, **found} for found in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

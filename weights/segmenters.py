@@ -1,0 +1,75 @@
+"""Files of promptable segmenters: Segment Anything, SAM-HQ and SAM 2, told apart by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import torch
+
+from . import segment_anything, segment_anything_2
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+WHERE_TO_GET = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
+
+_FAMILIES = (segment_anything, segment_anything_2)
+# What a file of another family holds, and what to say of it.
+_OTHERS = (
+    ("model.diffusion_model.", "a diffusion checkpoint"),
+    ("detector.", "a SAM 3 file, which ComfyUI's own SAM3 nodes read"),
+    ("image_encoder.patch_embed.seq.", "a MobileSAM or SAM-HQ Light file"),
+)
+
+
+def read_segmenter(path: str | Path) -> Any:
+    """transformers' SamModel, SamHQModel or Sam2Model of a file, in float32 on the CPU.
+
+    Raises ValueError, one sentence, for a file that can't be read, one of another model, and one that is incomplete. Nothing in a
+    file is executed.
+    """
+    path = Path(path)
+    try:
+        state: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path.name} can't be read as weights ({type(error).__name__}): it is damaged, incomplete, or holds something else. "
+            f"Download it again, or take {WHERE_TO_GET}."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(_wrong(path.name, "no weights"))
+    return segmenter_from_state(state, path.name)
+
+
+def segmenter_from_state(state: Mapping[str, torch.Tensor], name: str) -> Any:
+    """The network of a file's tensors. Raises ValueError that begins with the file's `name`."""
+    for key, what in _OTHERS:
+        if any(found.startswith(key) for found in state):
+            raise ValueError(_wrong(name, what))
+    family = next((family for family in _FAMILIES if family.recognised(state)), None)
+    if family is None:
+        raise ValueError(_wrong(name, "something else"))
+    try:
+        model, tensors = family.network(state)
+    except KeyError as error:
+        raise ValueError(_incomplete(name, str(error.args[0]))) from None
+    except segment_anything_2.UnknownSize as error:
+        raise ValueError(_wrong(name, str(error))) from None
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    if missing or unexpected:
+        raise ValueError(_incomplete(name, ", ".join([*missing, *unexpected][:3])))
+    return model.float().eval().requires_grad_(False)
+
+
+def _wrong(name: str, what: str) -> str:
+    return (
+        f"{name} is {what}, but a Segment Anything (ViT-B, L or H), SAM-HQ or SAM 2 file is needed, such as "
+        f"sam_vit_b_01ec64.pth in models/sams: {WHERE_TO_GET}."
+    )
+
+
+def _incomplete(name: str, keys: str) -> str:
+    return f"{name} is an incomplete or changed segmenter file: {keys}. Download it again, or take {WHERE_TO_GET}."
