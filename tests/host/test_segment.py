@@ -150,7 +150,9 @@ def test_mistakes_get_one_sentence(server: Client, file: Path, include: str, say
 def test_a_file_of_another_model_is_named(server: Client, file: Path) -> None:
     made = graph('[{"x": 130, "y": 120}]')
     made["load"]["inputs"]["segmenter"] = "unet.pth"
-    with pytest.raises(GraphFailed, match=r"unet\.pth is a diffusion checkpoint, but a Segment Anything file"):
+    with pytest.raises(
+        GraphFailed, match=r"unet\.pth is a diffusion checkpoint, but a Segment Anything .* or SAM 2 file"
+    ):
         server.run(made)
 
 
