@@ -72,6 +72,16 @@ def check_inside(points: Sequence[Point], width: int, height: int, name: str) ->
             )
 
 
+def check_touching(boxes: Sequence[Box], width: int, height: int, name: str) -> None:
+    """Raises ValueError for a box with no part in a picture of so many pixels; detectors' boxes may reach beyond its edges."""
+    for left, top, right, bottom in boxes:
+        if right <= 0 or bottom <= 0 or left >= width or top >= height:
+            raise ValueError(
+                f"'{name}' has the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}), which lies outside of the picture of "
+                f"{width}x{height} pixels: boxes count pixels from the upper left corner."
+            )
+
+
 def _decoded(text: str | None) -> Any:
     """What a text holds: an empty list where it is empty, None where it is no JSON."""
     try:

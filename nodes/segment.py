@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..imaging.masks import as_mask_batch
-from ..imaging.prompts import check_inside, parse_boxes, parse_drawn, parse_points
+from ..imaging.prompts import check_inside, check_touching, parse_boxes, parse_drawn, parse_points
 from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
 from ..weights.segmenters import SUFFIXES, WHERE_TO_GET, read_segmenter
 
@@ -150,8 +150,11 @@ class TrueFillSegment(io.ComfyNode):
         points = {"include": parse_points(include, "include"), "exclude": parse_points(exclude, "exclude")}
         for name, found in points.items():
             check_inside(found, width, height, name)
-        own = parse_drawn(drawn, "drawn")
-        each = [[*own, *others] for others in parse_boxes(boxes, pictures, "boxes")]
+        own, others = parse_drawn(drawn, "drawn"), parse_boxes(boxes, pictures, "boxes")
+        check_touching(own, width, height, "drawn")
+        for found in others:
+            check_touching(found, width, height, "boxes")
+        each = [[*own, *found] for found in others]
         roughs = None if rough is None else as_mask_batch(rough)
         if roughs is not None and len(roughs) not in (1, pictures):
             raise ValueError(
@@ -206,8 +209,9 @@ class TrueFillPoints(io.ComfyNode):
             points = parse_points(text, name)
             check_inside(points, width, height, name)
             texts.append(text if points else "")
+        own = parse_drawn(drawn, "drawn")
+        check_touching(own, width, height, "drawn")
         boxes = [
-            {"x": left, "y": top, "width": right - left, "height": bottom - top}
-            for left, top, right, bottom in parse_drawn(drawn, "drawn")
+            {"x": left, "y": top, "width": right - left, "height": bottom - top} for left, top, right, bottom in own
         ]
         return io.NodeOutput(*texts, boxes, ui={"picture": ui.PreviewImage(image[:1]).values})

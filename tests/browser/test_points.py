@@ -158,6 +158,14 @@ def test_zoomed_into_the_picture_single_pixels_can_be_hit(seen: dict[str, Any], 
     assert seen["whole"]["stage"] == pytest.approx(before["stage"], abs=1)
 
 
+def test_plus_and_minus_zoom_and_escape_leaves_a_drag(seen: dict[str, Any]) -> None:
+    whole, plus = seen["whole"], seen["plus"]
+    assert plus["stage"][2] == pytest.approx(1.25 * whole["stage"][2], rel=0.01)
+    assert seen["minus"]["stage"] == pytest.approx(whole["stage"], abs=1)
+    for name in ("include", "exclude", "drawn", "marks", "boxes"):
+        assert seen["escaped"][name] == whole[name]
+
+
 def test_clear_takes_all_away_and_undo_brings_it_back(seen: dict[str, Any]) -> None:
     cleared = seen["cleared"]
     assert (cleared["include"], cleared["exclude"], cleared["drawn"]) == ("", "", "")

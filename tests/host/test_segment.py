@@ -133,17 +133,25 @@ def test_an_empty_rough_mask_gives_an_empty_mask(server: Client, file: Path) -> 
     assert not mask(server.run(made).images["save"]).any()
 
 
+OUTSIDE = {"x": 700, "y": 3, "width": 5, "height": 5}
+
+
 @pytest.mark.parametrize(
-    ("include", "says"),
+    ("inputs", "says"),
     [
-        ("", "Nothing says where the thing is"),
-        ("12, 30", "'include' is '12, 30', but a list of points such as"),
-        (json.dumps([{"x": 5000, "y": 3}]), "outside of the picture of 512x384 pixels"),
+        ({}, "Nothing says where the thing is"),
+        ({"include": "12, 30"}, "'include' is '12, 30', but a list of points such as"),
+        ({"include": json.dumps([{"x": 5000, "y": 3}])}, "outside of the picture of 512x384 pixels"),
+        ({"drawn": json.dumps([OUTSIDE])}, "'drawn' has the box from (700, 3) to (705, 8), which lies outside"),
+        ({"boxes": ["box", 0]}, "'boxes' has the box from (700, 3) to (705, 8), which lies outside"),
     ],
 )
-def test_mistakes_get_one_sentence(server: Client, file: Path, include: str, says: str) -> None:
+def test_mistakes_get_one_sentence(server: Client, file: Path, inputs: dict[str, Any], says: str) -> None:
+    made = graph("")
+    made["box"] = node("PrimitiveBoundingBox", **OUTSIDE)
+    made["segment"]["inputs"] |= inputs
     with pytest.raises(GraphFailed) as caught:
-        server.run(graph(include))
+        server.run(made)
     assert says in str(caught.value)
 
 

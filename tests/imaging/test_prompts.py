@@ -97,3 +97,10 @@ def test_points_count_from_the_upper_left_pixel(point, inside) -> None:
     else:
         with pytest.raises(ValueError, match=r"the point \(10, 0\), which lies outside of the picture of 10x5"):
             prompts.check_inside([(1, 1), point], 10, 5, "include")
+
+
+def test_a_box_has_a_part_in_the_picture() -> None:
+    prompts.check_touching([(-5, -5, 1, 1), (9, 4, 20, 20), (-3, -3, 50, 50)], 10, 5, "boxes")
+    for box in ((-5, 0, 0, 3), (0, -5, 3, 0), (10, 0, 12, 3), (0, 5, 3, 9)):
+        with pytest.raises(ValueError, match=r"'boxes' has the box .* outside of the picture of 10x5 pixels"):
+            prompts.check_touching([(0, 0, 1, 1), box], 10, 5, "boxes")
