@@ -8,11 +8,16 @@ normal approximation for the rest and for the paired difference to plain. The tr
     python dev.py bench accuracy [--triplets 500] [--seed 0] [--json FILE] [--grid FILE.png]
     python dev.py bench accuracy --split dev --triplets 200 --etas 0.01 0.03 0.1 0.25      # to choose the default eta on
     python dev.py bench accuracy --captions 500                                            # text-to-image: no hole
+
+500 triplets take hours on two cores. With `--outcomes FILE` every picture's outcome is written there at once, and those that are
+there are not made again: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import os
 import platform
@@ -56,6 +61,7 @@ def parse() -> argparse.Namespace:
         "--weights", type=Path, default=WEIGHTS, help="folder of the demo model's files (default: weights/demo)"
     )
     parser.add_argument("--workers", type=int, help="processes of one thread (default: one a core; 1 on a GPU)")
+    parser.add_argument("--outcomes", type=Path, help="file to keep the outcomes in, and to go on from")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--grid", type=Path, help=f"write the pictures of the first {GRID_TRIPLETS} triplets here")
     parser.add_argument(
@@ -63,6 +69,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.grid and options.outcomes:
+        parser.error("--grid draws pictures that --outcomes does not keep: run it by itself, with few triplets.")
     if min(options.triplets, options.steps) < 1 or min(options.captions, options.seed) < 0:
         parser.error("--triplets and --steps are 1 or more, --captions and --seed 0 or more.")
     return options
@@ -83,6 +91,51 @@ def numbers(options: argparse.Namespace) -> range:
     return range(options.seed, options.seed + (options.captions or options.triplets))
 
 
+def kept(options: argparse.Namespace, rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """The outcomes of `--outcomes` that belong to this run, as the workers would report them."""
+    if options.outcomes is None or not options.outcomes.exists():
+        return []
+    wanted = {json.dumps(settings(options, row)): number for number, row in enumerate(rows)}
+    found = {}
+    for line in options.outcomes.read_text().splitlines():
+        outcome = json.loads(line)
+        number = wanted.get(json.dumps(outcome.pop("settings")))
+        if number is not None and outcome["index"] in numbers(options):
+            found[number, outcome["index"]] = {"row": number, **outcome}
+    return list(found.values())
+
+
+def settings(options: argparse.Namespace, row: Any) -> dict[str, Any]:
+    """What an outcome depends on besides its index, for the line in which it is kept."""
+    common = {"weights": digest(options.weights), "split": options.split, "steps": options.steps, "cfg": options.cfg}
+    return common | ({"captions": True} if row is None else {"model": row.model, "method": row.name, "eta": row.eta})
+
+
+@functools.cache
+def digest(folder: Path) -> str:
+    """Which weights these are."""
+    found = hashlib.sha256()
+    for name in sorted(pack_module("weights.demo_model").FILES.values()):
+        found.update((folder / name).read_bytes())
+    return found.hexdigest()[:12]
+
+
+def keep(
+    options: argparse.Namespace, rows: Sequence[Any], outcomes: Iterable[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Hands the outcomes on, each after it was written to `--outcomes`."""
+    if options.outcomes is None:
+        yield from outcomes
+        return
+    with options.outcomes.open("a") as file:
+        for outcome in outcomes:
+            line = {"settings": settings(options, rows[outcome["row"]]), **outcome}
+            del line["row"]
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            yield outcome
+
+
 def work(options: argparse.Namespace) -> None:
     """One worker: its share of the triplets under every method, a line of JSON for each picture."""
     import torch
@@ -95,11 +148,14 @@ def work(options: argparse.Namespace) -> None:
     models = accuracy.Models(options.weights)
     sampling = accuracy.Sampling(steps=options.steps, cfg=options.cfg)
     rows = tasks(options)
+    done = {(outcome["row"], outcome["index"]) for outcome in kept(options, rows)}
     for place, index in enumerate(numbers(options)):
         if place % int(shares) != int(share):
             continue
         task = None
         for number, method in enumerate(rows):
+            if (number, index) in done:
+                continue
             if method is None:
                 outcome, picture = accuracy.attempt_caption(models, options.split, index, sampling, judge)
             else:
@@ -301,8 +357,11 @@ def main() -> int:
     print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        done = kept(options, rows)
+        left = len(rows) * len(numbers(options)) - len(done)
         try:
-            found = progress(outcomes(workers, folder), len(rows) * len(numbers(options)))
+            made = keep(options, rows, outcomes(workers, folder)) if left else ()
+            found = done + progress(made, left)
         except RuntimeError as error:
             print(f"bench accuracy: {error}", file=sys.stderr)
             return 1
@@ -315,8 +374,8 @@ def main() -> int:
     ]
     show(results)
     if options.json:
-        settings = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
-        options.json.write_text(json.dumps([settings | result for result in results], indent=1))
+        common = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
+        options.json.write_text(json.dumps([common | result for result in results], indent=1))
     worse = worse_than_plain(results) if options.check else []
     for row in worse:
         print(f"{row['model']}: PAIntA + RASG is below plain by more than noise.", file=sys.stderr)

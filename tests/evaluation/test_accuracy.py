@@ -92,6 +92,46 @@ def test_the_command_writes_table_rows_and_grid(tmp_path, weights):
     assert np.array_equal(cell, triplets.make_triplet("dev", 0).scene.picture)
 
 
+def test_kept_outcomes_are_gone_on_from(tmp_path, weights):
+    kept, rows = tmp_path / "kept.jsonl", tmp_path / "rows.json"
+
+    def run(*arguments: str) -> list[dict]:
+        command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--split", "dev", "--models", "9-channel"]
+        command += [
+            "--methods",
+            "plain",
+            "PAIntA",
+            "--steps",
+            "2",
+            "--workers",
+            "1",
+            "--weights",
+            weights,
+            "--json",
+            rows,
+        ]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(rows.read_text())]
+
+    run("--triplets", "1", "--outcomes", str(kept))
+    first = kept.read_text().splitlines()
+    assert len(first) == 2 and {json.loads(line)["index"] for line in first} == {0}
+    # Other settings are other outcomes: what they left is not counted.
+    other = json.loads(first[0])
+    other["settings"]["steps"], other["right"] = 3, not other["right"]
+    kept.write_text("\n".join([json.dumps(other), *first]) + "\n")
+    resumed = run("--triplets", "2", "--outcomes", str(kept))
+    lines = kept.read_text().splitlines()
+    assert lines[1:3] == first and [json.loads(line)["index"] for line in lines[3:]] == [1, 1]
+    assert resumed == run("--triplets", "2")
+    # With nothing left to do the table comes from the file alone.
+    for line in (changed := [json.loads(line) for line in lines]):
+        line["right"] = True
+    kept.write_text("\n".join(map(json.dumps, changed)))
+    assert [row["accuracy"] for row in run("--triplets", "2", "--outcomes", str(kept))] == [1.0, 1.0]
+
+
 def test_the_command_draws_captions(tmp_path, weights):
     command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--captions", "1", "--steps", "2"]
     done = subprocess.run(
