@@ -20,6 +20,7 @@ from ..imaging.masks import resize_mask
 from ..imaging.morphology import bounding_boxes
 from ..imaging.prompts import Box, Point
 from ..imaging.region import check_pictures
+from .placed import Placed
 
 KEPT_PICTURES = 16
 """So many pictures' embeddings are kept (4 MB each for Segment Anything, 16 to 24 MB for SAM-HQ and SAM 2)."""
@@ -118,14 +119,6 @@ _FAMILIES = {
 }
 
 
-class _Placed(torch.nn.Module):
-    """What the host places: it notes the device on a model, and transformers' models do not let it."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.network = network
-
-
 @dataclass
 class Segmenter:
     """transformers' SamModel, SamHQModel or Sam2Model, placed by the host."""
@@ -138,7 +131,7 @@ class Segmenter:
         """A segmenter of such a network: half precision where the host uses it, float32 on a CPU."""
         device = comfy.model_management.get_torch_device()
         half = comfy.model_management.should_use_fp16(device)
-        placed = _Placed(model.to(torch.float16 if half else torch.float32))
+        placed = Placed(model.to(torch.float16 if half else torch.float32))
         return cls(ModelPatcher(placed, device, comfy.model_management.unet_offload_device()))
 
     @torch.inference_mode()

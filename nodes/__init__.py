@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .compare import TrueFillCompare
 from .condition import TrueFillEncodePrompt
+from .detect import TrueFillDetect, TrueFillLoadDetector, TrueFillMaskFromText
 from .finish import TrueFillHarmonize, TrueFillStitchRegion
 from .guide import TrueFillPAIntA, TrueFillRASG
 from .load import TrueFillDemoModel
@@ -24,6 +25,7 @@ class TrueFillExtension(ComfyExtension):
         return [
             TrueFillDemoModel,
             TrueFillLoadSegmenter,
+            TrueFillLoadDetector,
             TrueFillExamplePhoto,
             TrueFillGrowMask,
             TrueFillFeatherMask,
@@ -31,6 +33,8 @@ class TrueFillExtension(ComfyExtension):
             TrueFillMaskShape,
             TrueFillPoints,
             TrueFillSegment,
+            TrueFillDetect,
+            TrueFillMaskFromText,
             TrueFillCropRegion,
             TrueFillFillHole,
             TrueFillEncodePrompt,

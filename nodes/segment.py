@@ -1,31 +1,19 @@
 """Step 1, by pointing: a mask from points, boxes or a rough mask."""
 
 import json
-from pathlib import Path
 from typing import Any, get_args
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..imaging.masks import as_mask_batch
 from ..imaging.prompts import check_inside, check_touching, parse_boxes, parse_drawn, parse_points
 from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
-from ..weights.segmenters import SUFFIXES, WHERE_TO_GET, read_segmenter
+from ..weights.segmenters import WHERE_TO_GET, read_segmenter
+from .files import ModelFiles
 
-FOLDERS = ("sams", "sam2")
-# Where there is no file at all, a graph still names one, and running it says where to get it.
-FIRST_CHOICE = "sam_vit_b_01ec64.pth"
+FILES = ModelFiles(("sams", "sam2"), "sam_vit_b_01ec64.pth", "Segment Anything", WHERE_TO_GET)
 
 SegmenterType = io.Custom("SEGMENTER")
-
-for _folder in FOLDERS:
-    folder_paths.add_model_folder_path(_folder, str(Path(folder_paths.models_dir) / _folder))
-
-
-def _files() -> list[str]:
-    """The names of all folders' files, each once."""
-    names = [name for folder in FOLDERS for name in folder_paths.get_filename_list(folder)]
-    return [name for name in dict.fromkeys(names) if name.lower().endswith(SUFFIXES)]
 
 
 def _mark_inputs() -> list[io.Input]:
@@ -60,7 +48,7 @@ class TrueFillLoadSegmenter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "segmenter",
-                    options=_files() or [FIRST_CHOICE],
+                    options=FILES.names(),
                     tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is.",
                 )
             ],
@@ -69,14 +57,7 @@ class TrueFillLoadSegmenter(io.ComfyNode):
 
     @classmethod
     def execute(cls, segmenter: str) -> io.NodeOutput:
-        found = (folder_paths.get_full_path(folder, segmenter) for folder in FOLDERS)
-        path = next((path for path in found if path is not None), None)
-        if path is None:
-            folders = " or ".join(path for folder in FOLDERS for path in folder_paths.get_folder_paths(folder))
-            raise FileNotFoundError(
-                f"There is no {segmenter} in {folders}: get a Segment Anything file ({WHERE_TO_GET}), put it there, press R."
-            )
-        return io.NodeOutput(Segmenter.of(read_segmenter(path)))
+        return io.NodeOutput(Segmenter.of(read_segmenter(FILES.path(segmenter))))
 
 
 class TrueFillSegment(io.ComfyNode):

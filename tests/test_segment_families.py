@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 import segment_anything
 import torch
 from safetensors.torch import save_file
 
 from truefill_testing.host import ROOT, pack_module
+from truefill_testing.random_tensors import squares
 from truefill_testing.small_sam import (
     PROMPTS,
     SIDE,
@@ -108,17 +108,11 @@ def sam2(tiny, tmp_path_factory):
     return reader.read_segmenter(path)
 
 
-def squares() -> torch.Tensor:
-    y, x = np.mgrid[0:61, 0:77]
-    picture = np.stack([(x * 3 + y) % 256, (255 - 2 * x) % 256, (y * 4) % 256], axis=-1).astype(np.uint8)
-    return torch.from_numpy(picture).float() / 255
-
-
 def test_sam2_answers_as_its_package_does(sam2, monkeypatch) -> None:
     looks = []
     look = sam2.get_image_embeddings
     monkeypatch.setattr(sam2, "get_image_embeddings", lambda pixels: looks.append(1) or look(pixels))
-    found = segment.Segmenter.of(sam2).segment(squares(), list(PROMPTS.values()))
+    found = segment.Segmenter.of(sam2).segment(squares(61, 77), list(PROMPTS.values()))
     assert len(looks) == 1
     for name, answer in zip(PROMPTS, found, strict=True):
         expected = TINY["answers"][name]

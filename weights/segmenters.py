@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import comfy.utils
 import torch
 
 from . import segment_anything, segment_anything_2
+from .files import read_tensors
 
-SUFFIXES = (".pth", ".pt", ".safetensors")
 WHERE_TO_GET = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
 
 _FAMILIES = (segment_anything, segment_anything_2)
@@ -30,18 +29,7 @@ def read_segmenter(path: str | Path) -> Any:
     file is executed.
     """
     path = Path(path)
-    try:
-        state: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{path.name} can't be read as weights ({type(error).__name__}): it is damaged, incomplete, or holds something else. "
-            f"Download it again, or take {WHERE_TO_GET}."
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(_wrong(path.name, "no weights"))
-    return segmenter_from_state(state, path.name)
+    return segmenter_from_state(read_tensors(path, WHERE_TO_GET), path.name)
 
 
 def segmenter_from_state(state: Mapping[str, torch.Tensor], name: str) -> Any:

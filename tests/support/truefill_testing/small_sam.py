@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything import SamPredictor, modeling
 from torch import nn
 
 from truefill_testing.host import pack_module
+from truefill_testing.random_tensors import random_tensors
 
 Prompt = pack_module("model_patches.segment").Prompt
 
@@ -169,18 +169,6 @@ def small_sam_hq(seed: int = 0) -> modeling.Sam:
 
 
 def sam2_state(shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Random tensors of these shapes, the same on every machine, that let every input matter."""
-    random = np.random.RandomState(0)
-    state = {}
-    for name, shape in shapes.items():
-        values = random.standard_normal(tuple(shape))
-        table = any(
-            word in name
-            for word in ("_token.", "_tokens.", "pos_embed", "no_mem", "point_embed", "not_a_point", "no_mask")
-        )
-        if len(shape) > 1 and not table and "gaussian" not in name:
-            values /= np.prod(shape[1:]) ** 0.5
-        elif len(shape) == 1:
-            values = 0.1 * values + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        state[name] = torch.from_numpy(values.astype(np.float32))
-    return state
+    """Random weights of SAM 2."""
+    tables = ("_token.", "_tokens.", "pos_embed", "no_mem", "point_embed", "not_a_point", "no_mask", "gaussian")
+    return random_tensors(shapes, tables)

@@ -1,0 +1,111 @@
+"""What a detector found in a picture: which of it counts, and a picture that shows it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.ops import nms
+
+from .prompts import Box
+
+Pick = Literal["all", "best", "largest", "smallest", "by index"]
+PICKS: tuple[Pick, ...] = get_args(Pick)
+
+_COLOURS = ("#ff5050", "#50c8ff", "#ffd23c", "#78e678", "#c896ff", "#ffa0c8")
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One thing: its box in pixels, the phrase that found it, and how sure the detector is (0 to 1)."""
+
+    box: Box
+    label: str
+    score: float
+
+    @property
+    def area(self) -> float:
+        """In square pixels."""
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which detections count.
+
+    `threshold`: the least score. `overlap`: of two boxes that share more (intersection over union) the better one stays.
+    `smallest` and `largest`: areas as shares of the picture. Then `pick`: of "all" the `count` best, "by index" the one at
+    that place in the order of the scores, from 0.
+    """
+
+    threshold: float = 0.3
+    overlap: float = 0.8
+    smallest: float = 0.0
+    largest: float = 1.0
+    pick: Pick = "all"
+    index: int = 0
+    count: int = 16
+
+    def of(self, found: Sequence[Detection], width: int, height: int) -> list[Detection]:
+        """The detections of a picture that count, best first."""
+        pixels = width * height
+        kept = [
+            one
+            for one in sorted(found, key=lambda one: -one.score)
+            if one.score > self.threshold and self.smallest * pixels <= one.area <= self.largest * pixels
+        ]
+        if kept:
+            boxes = torch.tensor([one.box for one in kept], dtype=torch.float32)
+            scores = torch.tensor([one.score for one in kept], dtype=torch.float32)
+            kept = [kept[place] for place in sorted(nms(boxes, scores, self.overlap).tolist())]
+        if self.pick == "by index":
+            return kept[self.index : self.index + 1]
+        if self.pick == "all":
+            return kept[: self.count]
+        order = {"best": lambda one: one.score, "largest": lambda one: one.area, "smallest": lambda one: -one.area}
+        return [max(kept, key=order[self.pick])] if kept else []
+
+
+def split_phrases(text: str) -> list[str]:
+    """The phrases of "red cup. spoon.", which full stops, commas, semicolons or lines part, in lower case.
+
+    Raises ValueError where there is none.
+    """
+    phrases = [" ".join(part.lower().split()) for part in re.split(r"[.,;\n]", text)]
+    if not any(phrases):
+        raise ValueError("'text' says nothing to look for: write one phrase or several, such as \"red cup. spoon.\"")
+    return list(dict.fromkeys(phrase for phrase in phrases if phrase))
+
+
+def shown(picture: torch.Tensor, found: Sequence[Detection], phrases: Sequence[str]) -> torch.Tensor:
+    """A picture [H, W, C] in [0, 1] with the boxes, labels and scores drawn on it, [1, H, W, 3]."""
+    pixels = (picture[..., :3].cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    pen = ImageDraw.Draw(image)
+    unit = max(min(image.size) // 200, 1)
+    font = ImageFont.load_default(10.0 + 4 * unit)
+    for one in found:
+        label = one.label
+        colour = _COLOURS[phrases.index(label) % len(_COLOURS)] if label in phrases else _COLOURS[0]
+        pen.rectangle(one.box, outline=colour, width=1 + unit)
+        _write(pen, (one.box[0], one.box[1]), f"{label} {one.score:.2f}", colour, font)
+    if not found:
+        _write(pen, (0, 0), f"nothing found: {', '.join(phrases)}", _COLOURS[0], font)
+    return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255.0
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[float, float],
+    text: str,
+    colour: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    pen.rectangle(pen.textbbox(place, text, font=font), fill=colour)
+    pen.text(place, text, fill="black", font=font)

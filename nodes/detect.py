@@ -1,0 +1,259 @@
+"""Step 1, by words: boxes and masks of what a text names."""
+
+import json
+import logging
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io, ui
+
+from ..imaging.detections import PICKS, Choice, Detection, Pick, shown, split_phrases
+from ..model_patches.detect import Detector
+from ..model_patches.segment import Prompt, Segmenter, segment_batch
+from ..weights.grounding_dino import WHERE_TO_GET, read_detector, tokenizer
+from .files import ModelFiles
+from .segment import SegmenterType
+
+FILES = ModelFiles(("grounding-dino", "groundingdino"), "groundingdino_swint_ogc.pth", "Grounding DINO", WHERE_TO_GET)
+
+DetectorType = io.Custom("DETECTOR")
+
+
+class TrueFillLoadDetector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillLoadDetector",
+            display_name="Load Detector (TrueFill)",
+            category="TrueFill/0 load",
+            description="Loads a Grounding DINO model (Swin-T or Swin-B) for Detect and Mask From Text.",
+            search_aliases=["grounding dino", "groundingdino", "text detector", "load grounding dino"],
+            inputs=[
+                io.Combo.Input(
+                    "detector",
+                    options=FILES.names(),
+                    tooltip="The file, in models/grounding-dino or models/groundingdino: .pth, .pt or .safetensors.",
+                )
+            ],
+            outputs=[DetectorType.Output(display_name="DETECTOR", tooltip="For Detect and Mask From Text.")],
+        )
+
+    @classmethod
+    def execute(cls, detector: str) -> io.NodeOutput:
+        return io.NodeOutput(Detector.of(read_detector(FILES.path(detector)), tokenizer()))
+
+
+def _search_inputs() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "text",
+            default="",
+            tooltip="What to look for, in English: one phrase or several with full stops between: red cup. spoon.",
+        ),
+        io.Float.Input(
+            "threshold",
+            default=0.3,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How sure the detector has to be. Lower finds more, and more that is wrong.",
+        ),
+        io.Combo.Input(
+            "pick",
+            options=list(PICKS),
+            default="all",
+            tooltip="Which of the things that were found. by index: the one at 'index' in the order of their scores.",
+        ),
+        io.Int.Input("index", default=0, min=0, max=899, tooltip="For 'by index': 0 is the best.", advanced=True),
+        io.Int.Input(
+            "count",
+            default=16,
+            min=1,
+            max=900,
+            tooltip="For 'all': not more than so many, the best ones.",
+            advanced=True,
+        ),
+        io.Float.Input(
+            "overlap",
+            default=0.8,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Two boxes that share more than this (intersection over union) are one thing: the better one stays.",
+            advanced=True,
+        ),
+        io.Float.Input(
+            "smallest",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Least area of a box, in percent of the picture.",
+            advanced=True,
+        ),
+        io.Float.Input(
+            "largest",
+            default=100.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Greatest area of a box, in percent of the picture: 90 leaves out boxes around everything.",
+            advanced=True,
+        ),
+    ]
+
+
+def _boxes_output() -> io.Output:
+    return io.BoundingBox.Output(
+        display_name="boxes", tooltip="For each picture the boxes that were found: for Segment, SAM3 Detect and others."
+    )
+
+
+def _labels_output() -> io.Output:
+    return io.String.Output(
+        display_name="labels", tooltip='For each picture which phrase found each box, as text: [["red cup", "spoon"]].'
+    )
+
+
+def _choice(
+    threshold: float, pick: Pick, index: int, count: int, overlap: float, smallest: float, largest: float
+) -> Choice:
+    if smallest > largest:
+        raise ValueError(
+            f"'smallest' ({smallest:g} %) is greater than 'largest' ({largest:g} %): no box can have such an area."
+        )
+    return Choice(threshold, overlap, smallest / 100.0, largest / 100.0, pick, index, count)
+
+
+def _search(detector: Detector, pictures: torch.Tensor, phrases: list[str], choice: Choice) -> list[list[Detection]]:
+    """What counts in each picture [B, H, W, C]."""
+    height, width = pictures.shape[1:3]
+    each = []
+    for number, picture in enumerate(pictures):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        each.append(choice.of(detector.detect(picture, phrases), width, height))
+        if not each[-1]:
+            logging.info("TrueFill: nothing found in picture %d for %s.", number, ", ".join(phrases))
+    return each
+
+
+def _as_boxes(each: list[list[Detection]]) -> list[list[dict[str, float | str]]]:
+    """The host's BOUNDING_BOX, a list for each picture."""
+    return [
+        [
+            {"x": left, "y": top, "width": right - left, "height": bottom - top, "score": one.score, "label": one.label}
+            for one in found
+            for left, top, right, bottom in [one.box]
+        ]
+        for found in each
+    ]
+
+
+def _as_labels(each: list[list[Detection]]) -> str:
+    return json.dumps([[one.label for one in found] for found in each])
+
+
+class TrueFillDetect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillDetect",
+            display_name="Detect (TrueFill)",
+            category="TrueFill/1 mask",
+            description="Boxes around what a text names. The picture under the node shows them, or says that there are none.",
+            search_aliases=["grounding dino", "text to box", "find object", "bounding box", "object detection"],
+            inputs=[
+                DetectorType.Input("detector", tooltip="From Load Detector."),
+                io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
+                *_search_inputs(),
+            ],
+            outputs=[
+                _boxes_output(),
+                _labels_output(),
+                io.String.Output(
+                    display_name="scores", tooltip="How sure the detector is of each, as text: [[0.71, 0.45]]."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        detector: Detector,
+        image: io.Image.Type,
+        text: str,
+        threshold: float,
+        pick: Pick,
+        index: int,
+        count: int,
+        overlap: float,
+        smallest: float,
+        largest: float,
+    ) -> io.NodeOutput:
+        phrases = split_phrases(text)
+        choice = _choice(threshold, pick, index, count, overlap, smallest, largest)
+        each = _search(detector, image, phrases, choice)
+        scores = json.dumps([[round(one.score, 4) for one in found] for found in each])
+        preview = ui.PreviewImage(shown(image[0], each[0], phrases))
+        return io.NodeOutput(_as_boxes(each), _as_labels(each), scores, ui=preview)
+
+
+class TrueFillMaskFromText(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillMaskFromText",
+            display_name="Mask From Text (TrueFill)",
+            category="TrueFill/1 mask",
+            description="The mask of what a text names: Detect and Segment in one node. Where nothing is found the mask is "
+            "empty, and the picture under the node says so.",
+            search_aliases=[
+                "grounding dino sam",
+                "grounded sam",
+                "text to mask",
+                "clipseg",
+                "mask by prompt",
+                "find object",
+            ],
+            inputs=[
+                DetectorType.Input("detector", tooltip="From Load Detector."),
+                SegmenterType.Input("segmenter", tooltip="From Load Segmenter."),
+                io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
+                *_search_inputs(),
+            ],
+            outputs=[
+                io.Mask.Output(tooltip="White is what was found, all of it in one mask for each picture."),
+                _boxes_output(),
+                _labels_output(),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        detector: Detector,
+        segmenter: Segmenter,
+        image: io.Image.Type,
+        text: str,
+        threshold: float,
+        pick: Pick,
+        index: int,
+        count: int,
+        overlap: float,
+        smallest: float,
+        largest: float,
+    ) -> io.NodeOutput:
+        phrases = split_phrases(text)
+        choice = _choice(threshold, pick, index, count, overlap, smallest, largest)
+        each = _search(detector, image, phrases, choice)
+        prompts = [[Prompt(box=one.box) for one in found] for found in each]
+        masks, _ = segment_batch(segmenter, image, prompts, "best")
+        preview = ui.PreviewImage(shown(_tinted(image[0], masks[0]), each[0], phrases))
+        return io.NodeOutput(masks, _as_boxes(each), _as_labels(each), ui=preview)
+
+
+def _tinted(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A picture [H, W, C] with its mask [H, W] in light blue over it."""
+    colours = picture[..., :3].cpu()
+    share = 0.5 * mask.cpu()[..., None]
+    return colours * (1.0 - share) + colours.new_tensor([0.3, 0.7, 1.0]) * share

@@ -1,0 +1,106 @@
+"""Which detections count, and the picture that shows them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from truefill_testing.host import pack_module
+
+detections = pack_module("imaging.detections")
+Choice, Detection = detections.Choice, detections.Detection
+
+SIDE = 100
+
+
+def things(seed: int, count: int = 40) -> list:
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        left, top = random.uniform(0, 70, 2)
+        wide, high = random.uniform(2, 30, 2)
+        label = str(random.choice(["cup", "spoon"]))
+        found.append(Detection((left, top, left + wide, top + high), label, float(random.uniform(0, 1))))
+    return found
+
+
+def shared(one, other) -> float:
+    """Intersection over union."""
+    across = min(one.box[2], other.box[2]) - max(one.box[0], other.box[0])
+    down = min(one.box[3], other.box[3]) - max(one.box[1], other.box[1])
+    both = max(across, 0.0) * max(down, 0.0)
+    return both / (one.area + other.area - both)
+
+
+def literal(found, threshold: float, overlap: float, smallest: float, largest: float) -> list:
+    kept = []
+    for one in sorted(found, key=lambda one: one.score, reverse=True):
+        right_size = smallest <= one.area / SIDE**2 <= largest
+        if one.score > threshold and right_size and all(shared(one, other) <= overlap for other in kept):
+            kept.append(one)
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("threshold", "overlap", "smallest", "largest"), [(0.0, 1.0, 0.0, 1.0), (0.3, 0.3, 0.005, 0.05)]
+)
+def test_the_choice_is_the_literal_one(
+    seed: int, threshold: float, overlap: float, smallest: float, largest: float
+) -> None:
+    found = things(seed)
+    expected = literal(found, threshold, overlap, smallest, largest)
+    assert len(expected) > 6
+    choice = {"threshold": threshold, "overlap": overlap, "smallest": smallest, "largest": largest}
+    assert Choice(**choice, count=99).of(found, SIDE, SIDE) == expected
+    assert Choice(**choice, count=5).of(found, SIDE, SIDE) == expected[:5]
+    assert Choice(**choice, pick="best").of(found, SIDE, SIDE) == expected[:1]
+    assert Choice(**choice, pick="by index", index=3).of(found, SIDE, SIDE) == [expected[3]]
+    assert Choice(**choice, pick="by index", index=99).of(found, SIDE, SIDE) == []
+    assert Choice(**choice, pick="largest").of(found, SIDE, SIDE) == [max(expected, key=lambda one: one.area)]
+    assert Choice(**choice, pick="smallest").of(found, SIDE, SIDE) == [min(expected, key=lambda one: one.area)]
+
+
+@pytest.mark.parametrize("pick", detections.PICKS)
+def test_of_nothing_nothing_is_picked(pick: str) -> None:
+    assert Choice(pick=pick).of([], SIDE, SIDE) == []
+    assert Choice(pick=pick, threshold=1.0).of(things(0), SIDE, SIDE) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["red cup. spoon.", " Red  Cup .spoon", "red cup, spoon", "RED CUP;\nspoon...", "red cup.spoon.red cup"]
+)
+def test_phrases_are_parted(text: str) -> None:
+    assert detections.split_phrases(text) == ["red cup", "spoon"]
+
+
+@pytest.mark.parametrize("text", ["", "  ", ". , ;"])
+def test_a_text_without_a_phrase_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="'text' says nothing to look for"):
+        detections.split_phrases(text)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (37, 210), (600, 400)])
+def test_the_picture_shows_the_boxes_and_nothing_else_changes(size: tuple[int, int], channels: int) -> None:
+    height, width = size
+    picture = torch.full((height, width, channels), 0.25)
+    box = (0.3 * width, 0.5 * height, 0.9 * width, 0.95 * height)
+    drawn = detections.shown(picture, [Detection(box, "cup", 0.5)], ["cup"])
+    assert drawn.shape == (1, height, width, 3) and 0.0 <= float(drawn.min()) <= float(drawn.max()) <= 1.0
+    changed = (drawn[0] - 64 / 255).abs().amax(dim=-1) > 1e-3
+    assert changed.any()
+    if height > 100:
+        # The frame's left side, and nothing in the middle or left of it.
+        assert changed[int(0.8 * height), int(box[0])]
+        assert (
+            not changed[int(0.7 * height) :, : int(box[0]) - 8].any()
+            and not changed[int(0.75 * height), int(0.6 * width)]
+        )
+
+
+def test_the_picture_says_that_nothing_was_found() -> None:
+    picture = torch.zeros(200, 300, 3)
+    drawn = detections.shown(picture, [], ["red cup"])
+    assert (drawn[0, :20] > 0).any() and not (drawn[0, 60:] > 0).any()

@@ -1,0 +1,24 @@
+"""Grounding DINO with Swin-T: all its tensors, random weights for them, and what the groundingdino package answers."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import torch
+
+from truefill_testing.host import ROOT
+from truefill_testing.random_tensors import random_tensors
+
+PUBLISHED = json.loads((ROOT / "tests" / "data" / "groundingdino_swint.json").read_text())
+"""`shapes`: of every tensor of groundingdino_swint_ogc.pth. `text` and, for `random_dino` and `squares` of 256x320, `queries`,
+`boxes` and `logits` (of the text's tokens): answers of the groundingdino package, 0.4.0."""
+
+_BOX_HEAD = re.compile(r"^(?:transformer\.decoder\.)?bbox_embed\.\d+\.")
+
+
+def random_dino() -> dict[str, torch.Tensor]:
+    """The tensors of a file; the six heads for boxes are one, as in the published network."""
+    shapes = {key: shape for key, shape in PUBLISHED["shapes"].items() if not key.endswith("relative_position_index")}
+    tables = ("level_embed", "tgt_embed", "embeddings.", "bias_table")
+    return random_tensors(shapes, tables, lambda name: _BOX_HEAD.sub("bbox_embed.", name))

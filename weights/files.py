@@ -1,0 +1,28 @@
+"""Files of weights, from which nothing is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.utils
+import torch
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+
+def read_tensors(path: Path, where_to_get: str) -> Mapping[str, torch.Tensor]:
+    """A file's tensors by their names. Raises ValueError, one sentence, for a file that has none or can't be read."""
+    try:
+        state: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path.name} can't be read as weights ({type(error).__name__}): it is damaged, incomplete, or holds something else. "
+            f"Download it again, or take {where_to_get}."
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path.name} holds other things than weights: take {where_to_get}.")
+    return state
