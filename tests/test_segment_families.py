@@ -203,3 +203,9 @@ def test_what_is_wrong_with_a_sam2_file_is_said(tiny, change: Any, says: str) ->
         reader.segmenter_from_state(state, "sam2.pt")
     message = str(caught.value)
     assert message.startswith("sam2.pt is") and says in message and "https://" in message and "\n" not in message
+
+
+def test_an_old_transformers_is_named(tiny, monkeypatch) -> None:
+    monkeypatch.setattr(pack_module("weights.segment_anything_2"), "version", lambda name: "4.56.2")
+    with pytest.raises(ValueError, match=r"^sam2\.pt needs a later transformers than \d.*4\.57 for SAM 2\. Update"):
+        reader.segmenter_from_state(tiny, "sam2.pt")

@@ -103,9 +103,9 @@ _NEW_NAMES = tuple(
 )
 # Queries, keys and values in one tensor.
 _JOINED = re.compile(r"^(.*\.)(?:qkv\.|in_proj_)(weight|bias)$")
-# In the published files, and of no use to the network.
-_UNUSED = re.compile(r"^(label_enc\.|bert\.embeddings\.position_ids$|bert\.pooler\.)")
-# Made anew by transformers, of which some versions keep them in files.
+# In the published files, and of no use to the network or made anew by it.
+_UNUSED = re.compile(r"^(label_enc\.|bert\.embeddings\.position_ids$|bert\.pooler\.|.*\.relative_position_index$)")
+# Made anew by transformers, of which some versions keep them in files; or of no use.
 _COMPUTED = re.compile(
     r"(relative_position_index|position_ids|\.swin\.layernorm\.\w+|\.text_backbone\.pooler\.dense\.\w+)$"
 )

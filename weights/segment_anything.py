@@ -64,7 +64,7 @@ def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Ten
 
     Raises KeyError where a tensor that tells a size is missing.
     """
-    from transformers import SamConfig, SamHQConfig, SamHQModel, SamModel
+    from transformers import SamConfig, SamModel
 
     state = _renamed(state)
     configs: dict[str, Any] = {
@@ -75,6 +75,9 @@ def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Ten
     with torch.device("meta"):
         if "mask_decoder.hq_token.weight" not in state:
             return SamModel(SamConfig(**configs)), state
+        # Younger than the oldest transformers that ComfyUI takes.
+        from transformers import SamHQConfig, SamHQModel
+
         configs["mask_decoder_config"]["vit_dim"] = state["mask_decoder.compress_vit_conv1.weight"].shape[0]
         model = SamHQModel(SamHQConfig(**configs))
     _read_after_attention(model.mask_decoder)

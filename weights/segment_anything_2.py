@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -67,8 +68,12 @@ def recognised(state: Mapping[str, torch.Tensor]) -> bool:
 def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
     """An empty Sam2Model (on the meta device) for a file's tensors, and the tensors by its names.
 
-    Raises KeyError where a tensor that tells a size is missing, UnknownSize where no published size has them.
+    Raises KeyError where a tensor that tells a size is missing, UnknownSize where no published size has them, ImportError where
+    transformers is too old.
     """
+    if tuple(int(part) for part in version("transformers").split(".")[:2]) < (4, 57):
+        # 4.56.0 has the network, but its logits are off by up to a sixth of the largest from those of the sam2 package.
+        raise ImportError("Sam2Model of transformers 4.57 or later is needed")
     from transformers import Sam2Config, Sam2Model
 
     state = _renamed(state)

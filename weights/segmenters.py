@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,11 @@ def segmenter_from_state(state: Mapping[str, torch.Tensor], name: str) -> Any:
         model, tensors = family.network(state)
     except KeyError as error:
         raise ValueError(_incomplete(name, str(error.args[0]))) from None
+    except ImportError as error:
+        raise ValueError(
+            f"{name} needs a later transformers than {version('transformers')}: 4.52 for SAM-HQ, 4.57 for SAM 2. Update "
+            "ComfyUI, or take a Segment Anything file."
+        ) from error
     except segment_anything_2.UnknownSize as error:
         raise ValueError(_wrong(name, str(error))) from None
     missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
