@@ -54,8 +54,8 @@ def with_the_thing(triplet: Any) -> Any:
     return replace(triplet, scene=replace(triplet.scene, picture=picture))
 
 
-def score(models: Any, model: str, triplet: Any, seed: int, step: int) -> float:
-    """S of a triplet's own picture, noised to the level before a step."""
+def score(models: Any, task: Any, seed: int, step: int) -> float:
+    """S of a task's own picture, noised to the level before a step."""
     found: list[float] = []
     original = rasg.attention_score
 
@@ -64,8 +64,7 @@ def score(models: Any, model: str, triplet: Any, seed: int, step: int) -> float:
         found.append(float(result))
         return result
 
-    task = accuracy.prepare(models, model, triplet)
-    patched = accuracy.patched(models[model][0], accuracy.Method(model, eta=rasg.RASG().eta))
+    patched = accuracy.patched(models[task.model][0], accuracy.Method(task.model, eta=rasg.RASG().eta))
     with torch.inference_mode(), mock.patch.object(rasg, "attention_score", noted):
         accuracy.host_nodes.common_ksampler(
             patched, seed, STEPS, 7.5, "euler", "normal", *task.conditions, start_step=step, last_step=step + 1
@@ -73,21 +72,23 @@ def score(models: Any, model: str, triplet: Any, seed: int, step: int) -> float:
     return found[0]
 
 
-def row(models: Any, model: str, step: int, indices: Sequence[int]) -> dict[str, Any]:
+def changes(models: Any, model: str, index: int) -> list[float]:
+    """By how much the thing in the hole of one triplet raises S, at each of LEVELS."""
+    triplet = make_triplet("dev", index)
+    without, present = (accuracy.prepare(models, model, one) for one in (triplet, with_the_thing(triplet)))
+    return [score(models, present, index, step) - score(models, without, index, step) for step in LEVELS]
+
+
+def row(model: str, step: int, found: Sequence[float]) -> dict[str, Any]:
     """One model at one noise level."""
-    gains = []
-    for index in indices:
-        triplet = make_triplet("dev", index)
-        without, present = (score(models, model, one, index, step) for one in (triplet, with_the_thing(triplet)))
-        gains.append(present - without)
-    higher = sum(gain > 0 for gain in gains)
-    low, high = metrics.wilson_interval(higher, len(gains))
-    mean, mean_low, mean_high = metrics.mean_interval(gains)
+    higher = sum(change > 0 for change in found)
+    low, high = metrics.wilson_interval(higher, len(found))
+    mean, mean_low, mean_high = metrics.mean_interval(list(found))
     return {
         "model": model,
         "step": f"{step}/{STEPS}",
-        "n": len(gains),
-        "higher, %": f"{100 * higher / len(gains):.0f} ({100 * low:.0f} to {100 * high:.0f})",
+        "n": len(found),
+        "higher, %": f"{100 * higher / len(found):.0f} ({100 * low:.0f} to {100 * high:.0f})",
         "change of S": f"{mean:+.2f} ({mean_low:+.2f} to {mean_high:+.2f})",
     }
 
@@ -102,7 +103,10 @@ def main() -> None:
     options = parser.parse_args()
     models = accuracy.Models()
     indices = range(options.seed, options.seed + options.triplets)
-    rows = [row(models, model, step, indices) for model in options.models for step in LEVELS]
+    rows = []
+    for model in options.models:
+        found = [changes(models, model, index) for index in indices]
+        rows += [row(model, step, [one[place] for one in found]) for place, step in enumerate(LEVELS)]
     measure.show_table(f"{platform.machine()}, torch {torch.__version__}; development split", rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -4,6 +4,7 @@
     text2image   the 4-channel UNet and the text encoder (encodes the world with the VAE first)
     inpaint      the 9-channel UNet, from text2image
     classifier   shape, colour and pattern of an object, for the benchmark
+    segmenter    a small Segment Anything of the world
     samples      grids of pictures of what has been trained so far
     export       the files for the host, in half precision
 
@@ -45,6 +46,7 @@ DEFAULTS = {
     "text2image": Settings(steps=15_000, batch=16, learning_rate=1e-3),
     "inpaint": Settings(steps=4_500, batch=16, learning_rate=5e-4),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
+    "segmenter": Settings(steps=8_000, batch=4, learning_rate=5e-4),
 }
 DEV_SCENES = 256
 
@@ -111,6 +113,8 @@ def make_task(options: argparse.Namespace, settings, device: torch.device, stop:
         return pack_module("training.tasks.vae").VaeTask(settings.seed)
     if options.stage == "classifier":
         return pack_module("training.tasks.classifier").ClassifierTask(settings.seed)
+    if options.stage == "segmenter":
+        return pack_module("training.tasks.segmenter").SegmenterTask(settings.seed)
     holes = options.stage == "inpaint"
     vae = trained_vae(options.runs, device)
     load_latents = pack_module("training.latents").load_latents

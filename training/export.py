@@ -17,6 +17,9 @@ from .narrow_taesd import widen
 from .vocabulary import world_vocabulary
 from .world.attributes import WORLD_VERSION
 
+SEGMENTER_FILE = "truefill_demo_segmenter.safetensors"
+"""A file of Segment Anything, as the hub has them, which `weights.segmenters` reads."""
+
 
 def _half(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
     return {prefix + name: tensor.detach().cpu().half().contiguous() for name, tensor in state.items()}
@@ -55,7 +58,7 @@ def export(runs: Path, out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     stages: dict[str, Any] = {}
-    for name, file in FILES.items():
+    for name, file in {**FILES, "segmenter": SEGMENTER_FILE}.items():
         stage = runs / ("text2image" if name == "text" else name)
         if not (stage / "checkpoint.pt").is_file():
             continue
@@ -64,8 +67,8 @@ def export(runs: Path, out: Path) -> list[Path]:
             write_vae(averaged_weights(stage, "vae"), path)
         elif name == "text":
             write_text(averaged_weights(stage, "text"), world_vocabulary().token_ids, path)
-        elif name == "classifier":
-            save_file(_half(averaged_weights(stage, "classifier")), path)
+        elif name in ("classifier", "segmenter"):
+            save_file(_half(averaged_weights(stage, name)), path)
         else:
             write_unet(averaged_weights(stage, "unet"), path)
         written.append(path)

@@ -249,10 +249,14 @@ class Trainer:
 
 
 def averaged_weights(folder: Path, network: str) -> dict[str, torch.Tensor]:
-    """The averaged weights of one network from a stage's folder, on the CPU; raises FileNotFoundError without one."""
+    """One network from a stage's folder, on the CPU: averaged weights, and what is not trained as it is.
+
+    Raises FileNotFoundError without a checkpoint.
+    """
     path = folder / "checkpoint.pt"
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}: train the stage {folder.name!r} first.")
-    average = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    state = torch.load(path, map_location="cpu", weights_only=True)
     prefix = f"{network}."
-    return {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
+    whole = {**state["networks"], **state["average"]}
+    return {name.removeprefix(prefix): tensor for name, tensor in whole.items() if name.startswith(prefix)}

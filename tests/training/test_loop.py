@@ -21,6 +21,7 @@ vocabulary = pack_module("training.vocabulary")
 scenes = pack_module("training.world.scenes")
 VaeTask = pack_module("training.tasks.vae").VaeTask
 ClassifierTask = pack_module("training.tasks.classifier").ClassifierTask
+segmenter_task = pack_module("training.tasks.segmenter")
 TextToImageTask = pack_module("training.tasks.text2image").TextToImageTask
 InpaintTask = pack_module("training.tasks.inpaint").InpaintTask
 
@@ -43,6 +44,8 @@ def make_task(name: str):
         return VaeTask(seed=0)
     if name == "classifier":
         return ClassifierTask(seed=0)
+    if name == "segmenter":
+        return segmenter_task.SegmenterTask(seed=0)
     text2image = TextToImageTask(some_latents(), some_latents(), vocabulary.world_vocabulary(), seed=0)
     if name == "text2image":
         return text2image
@@ -55,7 +58,7 @@ def make_task(name: str):
     )
 
 
-TASKS = ("vae", "text2image", "inpaint", "classifier")
+TASKS = ("vae", "text2image", "inpaint", "classifier", "segmenter")
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -79,7 +82,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("vae", 2e-3), ("text2image", 2e-3), ("inpaint", 2e-3), ("classifier", 2e-3)]
+    ("name", "rate"),
+    [("vae", 2e-3), ("text2image", 2e-3), ("inpaint", 2e-3), ("classifier", 2e-3), ("segmenter", 2e-3)],
 )
 def test_the_loss_of_one_batch_falls(name, rate, tmp_path):
     task = make_task(name)
@@ -125,6 +129,38 @@ def test_captions_are_dropped_now_and_then():
     empty = torch.tensor(vocabulary.world_vocabulary().rows(""))
     assert 6 < (rows == empty).all(dim=1).sum() < 40
     assert (rows[:, 0] == empty[0]).all()
+
+
+@pytest.mark.parametrize("kind", segmenter_task.KINDS)
+def test_what_the_segmenter_is_asked_for_lies_on_its_object(kind):
+    rng = np.random.default_rng(3)
+    batch = segmenter_task._prompts(rng, segmenter_task._scenes("dev", rng, 3), kind)
+    masks = batch["masks"]
+    assert masks.shape == (3, segmenter_task.PROMPTS, 256, 256) and masks.flatten(2).sum(dim=-1).min() >= 150
+    assert ("points" in batch) == (kind != "box") and ("boxes" in batch) == ("box" in kind)
+    for picture, thing in itertools.product(range(3), range(segmenter_task.PROMPTS)):
+        mask = masks[picture, thing]
+        if "points" in batch:
+            found = [bool(mask[int(y), int(x)]) for x, y in batch["points"][picture, thing].tolist()]
+            assert found == (batch["labels"][picture, thing] == 1).tolist()
+        if "boxes" in batch:
+            rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+            exact = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0].float()
+            size = (exact[2:] - exact[:2]).repeat(2)
+            assert ((batch["boxes"][picture, thing] - exact).abs() <= 0.1 * size + 1e-3).all()
+
+
+def test_the_exported_segmenter_is_read_as_segment_anything(tmp_path):
+    trainer = loop.Trainer(make_task("segmenter"), replace(SETTINGS, steps=1), tmp_path / "segmenter", CPU)
+    trainer.train()
+    (file,) = pack_module("training.export").export(tmp_path, tmp_path / "out")
+    assert file.stat().st_size < 5e6
+    read = pack_module("weights.segmenters").read_segmenter(file)
+    trainer.use_average()
+    mine = trainer.task.segmenter.state_dict()
+    assert read.config.vision_config.image_size == 256 and read.state_dict().keys() == mine.keys()
+    for name, tensor in read.state_dict().items():
+        torch.testing.assert_close(tensor, mine[name], atol=1e-3, rtol=1e-3)
 
 
 def test_batches_depend_on_seed_and_step_only():
