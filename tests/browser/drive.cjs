@@ -75,6 +75,15 @@ async function run(page, changes, nodes2) {
     [saveId, nodes2],
     { timeout: RUN }
   )
+  // What a run still has to say the editor would show on the next graph's nodes of the same numbers.
+  await page.waitForFunction(
+    async () => {
+      const { queue_running: running, queue_pending: pending } = await (await fetch('/queue')).json()
+      return !running.length && !pending.length
+    },
+    undefined,
+    { polling: 200, timeout: RUN }
+  )
   return result.jsonValue()
 }
 
@@ -110,7 +119,7 @@ async function help(page, type) {
 main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
   report.graphs = {}
-  for (const { name, file, id, changes } of job.graphs) {
+  for (const { name, file, id, changes, runs } of job.graphs) {
     await drop(page, file)
     await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
     await drawn(page)
@@ -131,9 +140,9 @@ main(async (page, job, report) => {
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     await page.screenshot({ path: `${picture}.png` })
     const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
-    found.result = await run(page, changes, job.nodes2)
+    found.result = runs ? await run(page, changes, job.nodes2) : null
     await drawn(page)
-    await page.screenshot({ path: `${picture}-result.png` })
+    if (runs) await page.screenshot({ path: `${picture}-result.png` })
     await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
     if (job.help && name === job.graphs.at(-1).name) {
       report.help = {}
