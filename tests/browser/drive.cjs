@@ -3,7 +3,7 @@
 // the help pages of some node types. What is seen goes to standard output as JSON; whether that is right is for the tests to say.
 'use strict'
 
-const { READY, drawn, main } = require('./page.cjs')
+const { READY, drawn, main, ready } = require('./page.cjs')
 
 const SHOW = 15_000
 const NOTE = '.comfy-markdown .tiptap, .comfy-markdown-content'
@@ -120,6 +120,11 @@ main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
   report.graphs = {}
   for (const { name, file, id, changes, runs } of job.graphs) {
+    if (Object.keys(report.graphs).length) {
+      // Nodes 2.0 would show the pictures of the last run on this graph's nodes of the same numbers.
+      await page.reload()
+      await ready(page)
+    }
     await drop(page, file)
     await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
     await drawn(page)

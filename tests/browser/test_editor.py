@@ -76,8 +76,7 @@ def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]]) -> 
             "file": str(WORKFLOWS / f"{name}.json"),
             "id": editor_graph(name)["id"],
             "changes": changes(mode, name),
-            # Of the long ones, running in one mode is enough. (In the other, the host's pictures of one graph's run would also
-            # lie on the next graph's nodes of the same numbers.)
+            # Of the long ones, running in one mode is enough.
             "runs": mode == "classic" or name not in LONG,
         }
         # Help is asked for in the last one, which has to fit beside its panel.
