@@ -120,7 +120,7 @@ main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
   report.graphs = {}
   for (const { name, file, id, changes, runs } of job.graphs) {
-    if (Object.keys(report.graphs).length) {
+    if (job.nodes2 && Object.keys(report.graphs).length) {
       // Nodes 2.0 would show the pictures of the last run on this graph's nodes of the same numbers.
       await page.reload()
       await ready(page)
