@@ -119,7 +119,7 @@ async function help(page, type) {
 main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
   report.graphs = {}
-  for (const { name, file, id, changes, runs } of job.graphs) {
+  for (const { name, file, id, changes } of job.graphs) {
     if (job.nodes2 && Object.keys(report.graphs).length) {
       // Nodes 2.0 would show the pictures of the last run on this graph's nodes of the same numbers.
       await page.reload()
@@ -145,9 +145,9 @@ main(async (page, job, report) => {
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     await page.screenshot({ path: `${picture}.png` })
     const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
-    found.result = runs ? await run(page, changes, job.nodes2) : null
+    found.result = await run(page, changes, job.nodes2)
     await drawn(page)
-    if (runs) await page.screenshot({ path: `${picture}-result.png` })
+    await page.screenshot({ path: `${picture}-result.png` })
     await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
     if (job.help && name === job.graphs.at(-1).name) {
       report.help = {}

@@ -25,7 +25,6 @@ GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 # Steps in each mode: not the same, or the second picture would come from the host's cache.
 STEPS = {"classic": 2, "nodes2": 3}
 MEGAPIXELS, NATIVE = 0.1, 256
-LONG = ("multi_turn_sd15", "upscale_2k_sd15")
 HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
 # The random checkpoint that stands in for the model that a graph names: family, inpainting.
 STAND_INS = {
@@ -76,8 +75,6 @@ def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]]) -> 
             "file": str(WORKFLOWS / f"{name}.json"),
             "id": editor_graph(name)["id"],
             "changes": changes(mode, name),
-            # Of the long ones, running in one mode is enough.
-            "runs": mode == "classic" or name not in LONG,
         }
         # Help is asked for in the last one, which has to fit beside its panel.
         for name in sorted(GRAPHS, key=lambda name: name.startswith("text_inpaint"))
@@ -120,10 +117,6 @@ def test_drawn_nodes_do_not_overlap_and_show_their_text(name: str, report: dict[
 @pytest.mark.parametrize("name", GRAPHS)
 def test_run_button_brings_the_picture(name: str, report: dict[str, Any], mode: str, comfyui: Server) -> None:
     result = report["graphs"][name]["result"]
-    if (mode, name) in [("nodes2", long) for long in LONG]:
-        pytest.skip(
-            "takes minutes on two cores, so it runs in the classic editor alone; here it is dropped and compared"
-        )
     query = urllib.parse.parse_qs(urllib.parse.urlsplit(result["source"]).query)
     filename, subfolder = query["filename"][0], query["subfolder"][0]
 
