@@ -298,15 +298,6 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     return shown | {"seconds": f"{row['seconds']:.2f}"}
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the table."""
-    lines = [cells(row) for row in rows]
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    widths = {name: max(len(name), *(len(line.get(name, "")) for line in lines)) for name in names}
-    for line in [{name: name for name in names}, *lines]:
-        print("  ".join(line.get(name, "").rjust(width) for name, width in widths.items()).rstrip())
-
-
 def write_grid(options: argparse.Namespace, rows: Sequence[Any], folder: Path) -> None:
     """The first triplets: scene, hole, and what each method made of it."""
     import numpy as np
@@ -372,7 +363,7 @@ def main() -> int:
     results = [
         summary(row, mine, plain.get(row.model) if row else None) for row, mine in zip(rows, by_row, strict=True)
     ]
-    show(results)
+    pack_module("evaluation.tables").show_table("Shares are in percent.", [cells(result) for result in results])
     if options.json:
         common = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
         options.json.write_text(json.dumps([common | result for result in results], indent=1))

@@ -38,7 +38,7 @@ import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 
 guidance = pack_module("model_patches.guidance")
-PeakMemory = pack_module("evaluation.measure").PeakMemory
+PeakMemory = pack_module("evaluation.memory").PeakMemory
 PAIntA = pack_module("model_patches.painta").PAIntA
 RASG = pack_module("model_patches.rasg").RASG
 

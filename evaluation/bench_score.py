@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 accuracy = pack_module("evaluation.accuracy")
-measure = pack_module("evaluation.measure")
+show_table = pack_module("evaluation.tables").show_table
 metrics = pack_module("evaluation.metrics")
 rasg = pack_module("model_patches.rasg")
 scenes = pack_module("training.world.scenes")
@@ -107,7 +107,7 @@ def main() -> None:
     for model in options.models:
         found = [changes(models, model, index) for index in indices]
         rows += [row(model, step, [one[place] for one in found]) for place, step in enumerate(LEVELS)]
-    measure.show_table(f"{platform.machine()}, torch {torch.__version__}; development split", rows)
+    show_table(f"{platform.machine()}, torch {torch.__version__}; development split", rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 

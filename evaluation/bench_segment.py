@@ -29,13 +29,14 @@ import segment_anything  # noqa: E402
 import torch  # noqa: E402
 
 from truefill_testing.random_dino import random_dino  # noqa: E402
-from truefill_testing.small_sam import sam2_state, smooth_picture  # noqa: E402
+from truefill_testing.random_segmenters import sam2_state, smooth_picture  # noqa: E402
 
 detect = pack_module("model_patches.detect")
 grounding_dino = pack_module("weights.grounding_dino")
-measure = pack_module("evaluation.measure")
+PeakMemory = pack_module("evaluation.memory").PeakMemory
 segment = pack_module("model_patches.segment")
 segmenters = pack_module("weights.segmenters")
+show_table = pack_module("evaluation.tables").show_table
 
 MIB = 2**20
 NETWORKS = ("vit_b", "vit_l", "vit_h", "sam2_tiny", "dino_swin_t")
@@ -55,7 +56,7 @@ def detector_row(height: int, width: int) -> dict[str, Any]:
         grounding_dino.detector_from_state(random_dino(), "dino_swin_t"), grounding_dino.tokenizer()
     )
     detector.detect(smooth_picture(height, width, seed=1), ["cup"])
-    with measure.PeakMemory(comfy.model_management.get_torch_device()) as memory:
+    with PeakMemory(comfy.model_management.get_torch_device()) as memory:
         started = time.perf_counter()
         detector.detect(smooth_picture(height, width, seed=2), ["red cup", "spoon"])
         seconds = time.perf_counter() - started
@@ -77,7 +78,7 @@ def row(network: str, height: int, width: int, clicks: int) -> dict[str, Any]:
     # The first call also places the network.
     segmenter.segment(smooth_picture(height, width, seed=1), prompts[:1])
     picture = smooth_picture(height, width, seed=2)
-    with measure.PeakMemory(device) as memory:
+    with PeakMemory(device) as memory:
         started = time.perf_counter()
         segmenter.segment(picture, prompts[:1])
         first = time.perf_counter() - started
@@ -111,7 +112,7 @@ def main() -> None:
         detector_row(height, width) if network == "dino_swin_t" else row(network, height, width, options.clicks)
         for network in options.networks
     ]
-    measure.show_table(machine, rows)
+    show_table(machine, rows)
     if options.json:
         options.json.write_text(json.dumps([{"machine": machine, **found} for found in rows], indent=1))
 

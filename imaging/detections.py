@@ -12,11 +12,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import nms
 
-from .prompts import Box
+from .prompts import Box, as_bounding_box
 
 Pick = Literal["all", "best", "largest", "smallest", "by index"]
 PICKS: tuple[Pick, ...] = get_args(Pick)
 
+_TINT = (0.3, 0.7, 1.0)
 _COLOURS = ("#ff5050", "#50c8ff", "#ffd23c", "#78e678", "#c896ff", "#ffa0c8")
 
 
@@ -33,6 +34,11 @@ class Detection:
         """In square pixels."""
         left, top, right, bottom = self.box
         return (right - left) * (bottom - top)
+
+    @property
+    def bounding_box(self) -> dict[str, float | str]:
+        """The host's BOUNDING_BOX, with the score and the label."""
+        return {**as_bounding_box(self.box), "score": self.score, "label": self.label}
 
 
 @dataclass(frozen=True)
@@ -83,9 +89,14 @@ def split_phrases(text: str) -> list[str]:
     return list(dict.fromkeys(phrase for phrase in phrases if phrase))
 
 
-def shown(picture: torch.Tensor, found: Sequence[Detection], phrases: Sequence[str]) -> torch.Tensor:
-    """A picture [H, W, C] in [0, 1] with the boxes, labels and scores drawn on it, [1, H, W, 3]."""
-    pixels = (picture[..., :3].cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
+def shown(
+    picture: torch.Tensor, found: Sequence[Detection], phrases: Sequence[str], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A picture [H, W, C] in [0, 1] with the boxes, labels and scores drawn on it, [1, H, W, 3]; a mask [H, W] tints it."""
+    colours = picture[..., :3].cpu().clamp(0.0, 1.0)
+    if mask is not None:
+        colours = torch.lerp(colours, colours.new_tensor(_TINT), 0.5 * mask.to(colours)[..., None])
+    pixels = (colours * 255.0).round().to(torch.uint8).numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     pen = ImageDraw.Draw(image)
     unit = max(min(image.size) // 200, 1)

@@ -82,6 +82,12 @@ def check_touching(boxes: Sequence[Box], width: int, height: int, name: str) -> 
             )
 
 
+def as_bounding_box(box: Box) -> dict[str, float]:
+    """The host's BOUNDING_BOX of a box."""
+    left, top, right, bottom = box
+    return {"x": left, "y": top, "width": right - left, "height": bottom - top}
+
+
 def _decoded(text: str | None) -> Any:
     """What a text holds: an empty list where it is empty, None where it is no JSON."""
     try:

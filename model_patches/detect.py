@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 
-from ..imaging.detections import Detection
+from ..imaging.detections import Choice, Detection
+from ..imaging.imagenet import normalized
 from ..imaging.region import check_pictures
 from .placed import Placed
 
 SHORTER_SIDE, LONGER_SIDE = 800, 1333
 """A picture is scaled until its shorter side has the first, or its longer side the second."""
 
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Of the network's text, special tokens included.
 _MOST_TOKENS = 256
 
@@ -61,10 +62,9 @@ class Detector:
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory(*size), force_full_load=True)
         device = self.patcher.load_device
         pixels = picture[..., :3].to(device, torch.float32).movedim(-1, 0).clamp(0.0, 1.0)
-        mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _DEVIATION))
         pixels = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
         output = self.patcher.model.network(
-            pixel_values=((pixels - mean) / deviation)[None], **{name: ids.to(device) for name, ids in text.items()}
+            pixel_values=normalized(pixels)[None], **{name: ids.to(device) for name, ids in text.items()}
         )
         fits = output.logits[0, :, : len(tokens)].float().sigmoid().cpu()
         scores, best = torch.stack([fits[:, span].amax(dim=1) for span in spans], dim=1).max(dim=1)
@@ -73,6 +73,20 @@ class Detector:
             Detection((box[0], box[1], box[2], box[3]), phrases[phrase], score)
             for box, phrase, score in zip(boxes.tolist(), best.tolist(), scores.tolist(), strict=True)
         ]
+
+
+def detect_batch(
+    detector: Detector, pictures: torch.Tensor, phrases: list[str], choice: Choice
+) -> list[list[Detection]]:
+    """What counts in each of the pictures [B, H, W, C]; the log says where that is nothing."""
+    height, width = pictures.shape[1:3]
+    each = []
+    for number, picture in enumerate(pictures):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        each.append(choice.of(detector.detect(picture, phrases), width, height))
+        if not each[-1]:
+            logging.info("TrueFill: nothing found in picture %d for %s.", number, ", ".join(phrases))
+    return each
 
 
 def scaled_size(height: int, width: int) -> tuple[int, int]:

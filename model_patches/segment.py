@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 
+from ..imaging.imagenet import normalized
 from ..imaging.masks import resize_mask
 from ..imaging.morphology import bounding_boxes
 from ..imaging.prompts import Box, Point
@@ -27,7 +28,6 @@ KEPT_PICTURES = 16
 
 Pick = Literal["best", "smallest", "middle", "largest", "all together"]
 
-_MEAN, _DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 # The logit of a rough mask's hole; the network's own masks reach about this far.
 _CERTAIN = 8.0
 # A rough mask's box is larger than the mask by this share of its size on every side.
@@ -188,9 +188,8 @@ class Segmenter:
             self._embeddings.move_to_end(key)
         else:
             device = self.patcher.load_device
-            pixels = picture.to(device, torch.float32).movedim(-1, 0).clamp(0.0, 1.0) * 255.0
-            mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _DEVIATION))
-            framed = self._framed((pixels - mean) / deviation).to(self._network.dtype)
+            pixels = picture.to(device, torch.float32).movedim(-1, 0).clamp(0.0, 1.0)
+            framed = self._framed(normalized(pixels)).to(self._network.dtype)
             kept = comfy.model_management.intermediate_device()
             self._embeddings[key] = tuple(part.to(kept) for part in self._family.look(self._network, framed))
             while len(self._embeddings) > KEPT_PICTURES:

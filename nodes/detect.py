@@ -1,14 +1,14 @@
 """Step 1, by words: boxes and masks of what a text names."""
 
 import json
-import logging
+from dataclasses import dataclass
 
-import comfy.model_management
 import torch
 from comfy_api.latest import io, ui
+from typing_extensions import Self, TypedDict, Unpack
 
 from ..imaging.detections import PICKS, Choice, Detection, Pick, shown, split_phrases
-from ..model_patches.detect import Detector
+from ..model_patches.detect import Detector, detect_batch
 from ..model_patches.segment import Prompt, Segmenter, segment_batch
 from ..weights.grounding_dino import WHERE_TO_GET, read_detector, tokenizer
 from .files import ModelFiles
@@ -115,42 +115,61 @@ def _labels_output() -> io.Output:
     )
 
 
-def _choice(
-    threshold: float, pick: Pick, index: int, count: int, overlap: float, smallest: float, largest: float
-) -> Choice:
-    if smallest > largest:
-        raise ValueError(
-            f"'smallest' ({smallest:g} %) is greater than 'largest' ({largest:g} %): no box can have such an area."
+class Search(TypedDict):
+    """The values of `_search_inputs`."""
+
+    text: str
+    threshold: float
+    pick: Pick
+    index: int
+    count: int
+    overlap: float
+    smallest: float
+    largest: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search found in each picture of a batch."""
+
+    phrases: list[str]
+    each: list[list[Detection]]
+
+    @classmethod
+    def of(cls, detector: Detector, pictures: torch.Tensor, search: Search) -> Self:
+        phrases = split_phrases(search["text"])
+        if search["smallest"] > search["largest"]:
+            raise ValueError(
+                f"'smallest' ({search['smallest']:g} %) is greater than 'largest' ({search['largest']:g} %): no box can have "
+                "such an area."
+            )
+        choice = Choice(
+            threshold=search["threshold"],
+            overlap=search["overlap"],
+            smallest=search["smallest"] / 100.0,
+            largest=search["largest"] / 100.0,
+            pick=search["pick"],
+            index=search["index"],
+            count=search["count"],
         )
-    return Choice(threshold, overlap, smallest / 100.0, largest / 100.0, pick, index, count)
+        return cls(phrases, detect_batch(detector, pictures, phrases, choice))
 
+    @property
+    def boxes(self) -> list[list[dict[str, float | str]]]:
+        return [[one.bounding_box for one in found] for found in self.each]
 
-def _search(detector: Detector, pictures: torch.Tensor, phrases: list[str], choice: Choice) -> list[list[Detection]]:
-    """What counts in each picture [B, H, W, C]."""
-    height, width = pictures.shape[1:3]
-    each = []
-    for number, picture in enumerate(pictures):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        each.append(choice.of(detector.detect(picture, phrases), width, height))
-        if not each[-1]:
-            logging.info("TrueFill: nothing found in picture %d for %s.", number, ", ".join(phrases))
-    return each
+    @property
+    def labels(self) -> str:
+        return json.dumps([[one.label for one in found] for found in self.each])
 
+    @property
+    def scores(self) -> str:
+        return json.dumps([[round(one.score, 4) for one in found] for found in self.each])
 
-def _as_boxes(each: list[list[Detection]]) -> list[list[dict[str, float | str]]]:
-    """The host's BOUNDING_BOX, a list for each picture."""
-    return [
-        [
-            {"x": left, "y": top, "width": right - left, "height": bottom - top, "score": one.score, "label": one.label}
-            for one in found
-            for left, top, right, bottom in [one.box]
-        ]
-        for found in each
-    ]
-
-
-def _as_labels(each: list[list[Detection]]) -> str:
-    return json.dumps([[one.label for one in found] for found in each])
+    def preview(self, pictures: torch.Tensor, masks: torch.Tensor | None = None) -> ui.PreviewImage:
+        """The first picture."""
+        mask = None if masks is None else masks[0]
+        return ui.PreviewImage(shown(pictures[0], self.each[0], self.phrases, mask))
 
 
 class TrueFillDetect(io.ComfyNode):
@@ -177,25 +196,9 @@ class TrueFillDetect(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        detector: Detector,
-        image: io.Image.Type,
-        text: str,
-        threshold: float,
-        pick: Pick,
-        index: int,
-        count: int,
-        overlap: float,
-        smallest: float,
-        largest: float,
-    ) -> io.NodeOutput:
-        phrases = split_phrases(text)
-        choice = _choice(threshold, pick, index, count, overlap, smallest, largest)
-        each = _search(detector, image, phrases, choice)
-        scores = json.dumps([[round(one.score, 4) for one in found] for found in each])
-        preview = ui.PreviewImage(shown(image[0], each[0], phrases))
-        return io.NodeOutput(_as_boxes(each), _as_labels(each), scores, ui=preview)
+    def execute(cls, detector: Detector, image: io.Image.Type, **search: Unpack[Search]) -> io.NodeOutput:
+        result = Result.of(detector, image, search)
+        return io.NodeOutput(result.boxes, result.labels, result.scores, ui=result.preview(image))
 
 
 class TrueFillMaskFromText(io.ComfyNode):
@@ -230,30 +233,9 @@ class TrueFillMaskFromText(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        detector: Detector,
-        segmenter: Segmenter,
-        image: io.Image.Type,
-        text: str,
-        threshold: float,
-        pick: Pick,
-        index: int,
-        count: int,
-        overlap: float,
-        smallest: float,
-        largest: float,
+        cls, detector: Detector, segmenter: Segmenter, image: io.Image.Type, **search: Unpack[Search]
     ) -> io.NodeOutput:
-        phrases = split_phrases(text)
-        choice = _choice(threshold, pick, index, count, overlap, smallest, largest)
-        each = _search(detector, image, phrases, choice)
-        prompts = [[Prompt(box=one.box) for one in found] for found in each]
+        result = Result.of(detector, image, search)
+        prompts = [[Prompt(box=one.box) for one in found] for found in result.each]
         masks, _ = segment_batch(segmenter, image, prompts, "best")
-        preview = ui.PreviewImage(shown(_tinted(image[0], masks[0]), each[0], phrases))
-        return io.NodeOutput(masks, _as_boxes(each), _as_labels(each), ui=preview)
-
-
-def _tinted(picture: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A picture [H, W, C] with its mask [H, W] in light blue over it."""
-    colours = picture[..., :3].cpu()
-    share = 0.5 * mask.cpu()[..., None]
-    return colours * (1.0 - share) + colours.new_tensor([0.3, 0.7, 1.0]) * share
+        return io.NodeOutput(masks, result.boxes, result.labels, ui=result.preview(image, masks))

@@ -6,7 +6,7 @@ from typing import Any, get_args
 from comfy_api.latest import io, ui
 
 from ..imaging.masks import as_mask_batch
-from ..imaging.prompts import check_inside, check_touching, parse_boxes, parse_drawn, parse_points
+from ..imaging.prompts import as_bounding_box, check_inside, check_touching, parse_boxes, parse_drawn, parse_points
 from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
 from ..weights.segmenters import WHERE_TO_GET, read_segmenter
 from .files import ModelFiles
@@ -192,7 +192,5 @@ class TrueFillPoints(io.ComfyNode):
             texts.append(text if points else "")
         own = parse_drawn(drawn, "drawn")
         check_touching(own, width, height, "drawn")
-        boxes = [
-            {"x": left, "y": top, "width": right - left, "height": bottom - top} for left, top, right, bottom in own
-        ]
+        boxes = [as_bounding_box(box) for box in own]
         return io.NodeOutput(*texts, boxes, ui={"picture": ui.PreviewImage(image[:1]).values})

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from truefill_testing.host import pack_module
-from truefill_testing.small_sam import PROMPTS, SIDE, Prompt, predicted, small_sam
-from truefill_testing.small_sam import smooth_picture as picture
+from truefill_testing.random_segmenters import PROMPTS, SIDE, Prompt, predicted, small_sam
+from truefill_testing.random_segmenters import smooth_picture as picture
 
 reader = pack_module("weights.segmenters")
 segment = pack_module("model_patches.segment")

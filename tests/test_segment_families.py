@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from truefill_testing.host import ROOT, pack_module
-from truefill_testing.random_tensors import squares
-from truefill_testing.small_sam import (
+from truefill_testing.random_segmenters import (
     PROMPTS,
     SIDE,
     HQDecoder,
@@ -21,6 +20,7 @@ from truefill_testing.small_sam import (
     small_sam_hq,
     smooth_picture,
 )
+from truefill_testing.random_tensors import squares
 
 reader = pack_module("weights.segmenters")
 segment = pack_module("model_patches.segment")

@@ -159,11 +159,10 @@ def hub_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if "transformer.level_embed" not in state:
         return state
     return {
-        new: tensor
+        _new_name(part): tensor
         for key, whole in state.items()
         if not _UNUSED.match(key)
         for part, tensor in _parts(key, whole)
-        if (new := _new_name(part))
     }
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from devtools.server import Server
 from truefill_testing.host import host_path
-from truefill_testing.small_sam import small_sam
+from truefill_testing.random_segmenters import small_sam
 
 pytestmark = pytest.mark.browser
 

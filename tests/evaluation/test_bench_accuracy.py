@@ -50,8 +50,10 @@ def test_only_a_loss_beyond_noise_is_one(capsys):
 
 def test_the_table_has_a_line_for_each_row(capsys):
     found = [outcome(index, index % 2 == 0) for index in range(8)]
-    bench.show([bench.summary(accuracy.Method("4-channel"), found, found), bench.summary(None, found, None)])
-    header, *lines = capsys.readouterr().out.splitlines()
+    rows = [bench.summary(accuracy.Method("4-channel"), found, found), bench.summary(None, found, None)]
+    pack_module("evaluation.tables").show_table("Title", [bench.cells(row) for row in rows])
+    _, title, header, *lines = capsys.readouterr().out.splitlines()
+    assert title == "Title"
     assert len(lines) == 2 and "accuracy" in header
     assert "50.0" in lines[0] and "51.9" in lines[0] and "text-to-image" in lines[1]
 

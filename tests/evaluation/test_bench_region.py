@@ -59,5 +59,5 @@ def test_every_operation_is_timed(capsys):
     rows = bench.speed([64], 2, 1)
     assert {row["operation"] for row in rows} >= {"grow 16", "crop", "stitch", "poisson", "colour"}
     assert all(row["seconds"] >= 0 and row["batch"] == 2 for row in rows)
-    pack_module("evaluation.measure").show_table("Seconds", rows)
+    pack_module("evaluation.tables").show_table("Seconds", rows)
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 3

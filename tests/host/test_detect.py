@@ -17,7 +17,7 @@ from devtools.client import Client, GraphFailed
 from devtools.server import Server
 from truefill_testing.host import pack_module
 from truefill_testing.random_dino import random_dino
-from truefill_testing.small_sam import small_sam
+from truefill_testing.random_segmenters import small_sam
 
 # A strip of the photo: the network looks at few pixels.
 WIDTH, HEIGHT = 512, 64

@@ -16,7 +16,7 @@ from PIL import Image
 from devtools.client import Client, GraphFailed, GraphRejected
 from devtools.server import Server
 from truefill_testing.host import ROOT, pack_module
-from truefill_testing.small_sam import sam2_state, small_sam
+from truefill_testing.random_segmenters import sam2_state, small_sam
 
 FILE = "truefill_small_sam.pth"
 

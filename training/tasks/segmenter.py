@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...imaging.imagenet import normalized
 from ..latents import as_pixels
 from ..loop import Batch, Task, step_seed
 from ..world.attributes import SIZE
@@ -29,7 +30,6 @@ _LEAST_PIXELS = 150
 # A drawn box is off by up to this share of its size on every side.
 _BOX_ERROR = 0.1
 _FOCAL_WEIGHT, _FOCUS = 20.0, 2.0
-_MEAN, _DEVIATION = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 def new_segmenter(seed: int) -> Any:
@@ -127,10 +127,8 @@ class SegmenterTask(Task):
 
     def _answers(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, prompts, 3, 128, 128] and predicted IoUs [B, prompts, 3]."""
-        pixels = 255.0 * batch["pixels"]
-        mean, deviation = (pixels.new_tensor(values)[:, None, None] for values in (_MEAN, _DEVIATION))
         output = self.segmenter(
-            pixel_values=(pixels - mean) / deviation,
+            pixel_values=normalized(batch["pixels"]),
             input_points=batch.get("points"),
             input_labels=batch.get("labels"),
             input_boxes=batch.get("boxes"),

@@ -1,11 +1,10 @@
-"""What the benchmarks share: memory while something runs, and tables."""
+"""How much memory something takes."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
 import threading
-from typing import Any
 
 import torch
 
@@ -45,14 +44,3 @@ class PeakMemory:
         else:
             self._done.set()
             self._watcher.join()
-
-
-def show_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print one table."""
-    print(f"\n{title}")
-    lines = [list(rows[0])] + [
-        [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
