@@ -8,10 +8,17 @@ from comfy_api.latest import io, ui
 from ..imaging.masks import as_mask_batch
 from ..imaging.prompts import as_bounding_box, check_inside, check_touching, parse_boxes, parse_drawn, parse_points
 from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
+from ..weights import demo_model
 from ..weights.segmenters import WHERE_TO_GET, read_segmenter
 from .files import ModelFiles
 
-FILES = ModelFiles(("sams", "sam2"), "sam_vit_b_01ec64.pth", "Segment Anything", WHERE_TO_GET)
+FILES = ModelFiles(
+    ("sams", "sam2"),
+    "sam_vit_b_01ec64.pth",
+    "Segment Anything",
+    WHERE_TO_GET,
+    {"demo": demo_model.FOLDER / demo_model.SEGMENTER_FILE},
+)
 
 SegmenterType = io.Custom("SEGMENTER")
 
@@ -49,7 +56,8 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                 io.Combo.Input(
                     "segmenter",
                     options=FILES.names(),
-                    tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is.",
+                    tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is. "
+                    "demo: ships with the pack, and knows only the demo model's world.",
                 )
             ],
             outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],

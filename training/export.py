@@ -11,14 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..weights.demo_model import FILES, LATENT_SCALE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
+from ..weights.demo_model import FILES, LATENT_SCALE, SEGMENTER_FILE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
 from .loop import averaged_weights
 from .narrow_taesd import widen
 from .vocabulary import world_vocabulary
 from .world.attributes import WORLD_VERSION
-
-SEGMENTER_FILE = "truefill_demo_segmenter.safetensors"
-"""A file of Segment Anything, as the hub has them, which `weights.segmenters` reads."""
 
 
 def _half(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:

@@ -25,6 +25,8 @@ import torch
 FOLDER = Path(__file__).resolve().parent / "demo"
 FILES = {name: f"truefill_demo_{name}.safetensors" for name in ("vae", "text", "text2image", "inpaint", "classifier")}
 """The networks and their files. `classifier` belongs to the benchmark."""
+SEGMENTER_FILE = "truefill_demo_segmenter.safetensors"
+"""A small Segment Anything of the demo model's world, which `weights.segmenters` reads."""
 KINDS = {"inpainting": "inpaint", "text-to-image": "text2image"}
 """The UNets by the name that a user sees: 9 and 4 input channels."""
 
