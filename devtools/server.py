@@ -84,8 +84,8 @@ class Server:
     """ComfyUI on a loopback port; a context manager that ends the process and all its children.
 
     `models` are further folders laid out like ComfyUI's `models`. `pack_folder` is the name that the pack gets in
-    custom_nodes. `base` None makes a folder for this run alone, which goes with it; else it is used and stays, and
-    nothing is put into it.
+    custom_nodes; `beside` are further packs there. `base` None makes a folder for this run alone, which goes with it;
+    else it is used and stays, and nothing is put into it.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Server:
         *,
         pack: Path = ROOT,
         pack_folder: str = "TrueFill",
+        beside: Sequence[Path] = (),
         models: Sequence[Path] = (),
         port: int | None = None,
         arguments: Sequence[str] = (),
@@ -104,7 +105,7 @@ class Server:
         timeout: float = 300.0,
     ) -> None:
         self.host, self.python, self.pack, self.pack_folder = host, python, pack, pack_folder
-        self.models, self.arguments = list(models), list(arguments)
+        self.beside, self.models, self.arguments = list(beside), list(models), list(arguments)
         self.port = port or free_port()
         self.base, self._temporary = base, base is None
         self.echo, self.timeout = echo, timeout
@@ -144,6 +145,8 @@ class Server:
             for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
                 (self.base / name).mkdir(parents=True)
             link_pack(self.pack, self.base / "custom_nodes" / self.pack_folder)
+            for other in self.beside:
+                link_pack(other, self.base / "custom_nodes" / other.name)
             command += ["--base-directory", str(self.base)]
             # Its default lies in the host's folder, whatever the base directory.
             command += ["--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"]

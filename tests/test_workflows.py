@@ -23,7 +23,12 @@ GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 WITHOUT_DOWNLOADS = [name for name in GRAPHS if name.endswith("_demo") or name == "try_without_downloads"]
 # A node's `pos` is the corner of its body; the title bar lies above it.
 TITLE_HEIGHT = 30
-LOADERS = {"CheckpointLoaderSimple": "checkpoints"}
+LOADERS = {
+    "CheckpointLoaderSimple": "checkpoints",
+    "TrueFillLoadSegmenter": "sams",
+    "TrueFillLoadDetector": "grounding-dino",
+}
+SHIPPED = "demo"
 
 
 def editor_graph(name: str) -> dict[str, Any]:
@@ -72,13 +77,15 @@ def test_graph_is_flat_and_in_the_format_that_every_editor_reads(name: str) -> N
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_loader_links_the_file_that_it_names(name: str) -> None:
-    loaders = [node for node in editor_graph(name)["nodes"] if "Loader" in node["type"]]
+    nodes = editor_graph(name)["nodes"]
+    loaders = [node for node in nodes if "Loader" in node["type"] or node["type"] in LOADERS]
+    loaders = [node for node in loaders if node["widgets_values"] != [SHIPPED]]
     assert bool(loaders) == (name not in WITHOUT_DOWNLOADS)
     for node in loaders:
         (model,) = node["properties"]["models"]
         assert model["name"] == node["widgets_values"][0]
         assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
-        assert model["name"].endswith(".safetensors")
+        assert model["name"].endswith((".safetensors", ".pth"))
         assert model["directory"] == LOADERS[node["type"]]
 
 

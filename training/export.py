@@ -49,12 +49,19 @@ def _record(stage: Path) -> dict[str, Any]:
 def export(runs: Path, out: Path) -> list[Path]:
     """Write every stage that has a checkpoint in `runs` to `out`, averaged weights only; returns the weights' files.
 
-    Besides there are the stages' settings and figures (recipe.json) and their loss curves. Raises FileNotFoundError where no
-    stage has a checkpoint.
+    Besides there are the stages' settings and figures (recipe.json) and their loss curves. What is in `out` of stages that have
+    no checkpoint stays. Raises FileNotFoundError where no stage has one, and ValueError where `out` is of another world.
     """
     out.mkdir(parents=True, exist_ok=True)
+    record = out / "recipe.json"
+    recipe: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"stages": {}}
+    if recipe.setdefault("world_version", WORLD_VERSION) != WORLD_VERSION:
+        raise ValueError(
+            f"{record} is of version {recipe['world_version']} of the world, this is version {WORLD_VERSION}: name another "
+            "folder."
+        )
+    stages: dict[str, Any] = recipe["stages"]
     written: list[Path] = []
-    stages: dict[str, Any] = {}
     for name, file in {**FILES, "segmenter": SEGMENTER_FILE}.items():
         stage = runs / ("text2image" if name == "text" else name)
         if not (stage / "checkpoint.pt").is_file():
@@ -74,6 +81,6 @@ def export(runs: Path, out: Path) -> list[Path]:
             shutil.copyfile(curves, out / f"losses_{stage.name}.png")
     if not written:
         raise FileNotFoundError(f"No stage in {runs} has a checkpoint: train one first.")
-    recipe = {"world_version": WORLD_VERSION, "torch": torch.__version__, "stages": stages}
-    (out / "recipe.json").write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
+    recipe["torch"] = torch.__version__
+    record.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     return written

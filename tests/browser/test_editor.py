@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from devtools.server import Server
-from truefill_testing.checkpoints import checkpoint
 from truefill_testing.host import ROOT, host_path, pack_module
+from truefill_testing.stand_ins import ANYTHING, SMALL_SAM3, place_stand_ins
 
 pytestmark = pytest.mark.browser
 
@@ -26,13 +26,6 @@ GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 STEPS = {"classic": 2, "nodes2": 3}
 MEGAPIXELS, NATIVE = 0.1, 256
 HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
-# The random checkpoint that stands in for the model that a graph names: family, inpainting.
-STAND_INS = {
-    "sd-v1-5-inpainting.safetensors": ("sd15", True),
-    "512-inpainting-ema.safetensors": ("sd2", True),
-    "sd_xl_base_1.0.safetensors": ("sdxl", False),
-    "x4-upscaler-ema.safetensors": ("x4", False),
-}
 
 
 def editor_graph(name: str) -> dict[str, Any]:
@@ -49,6 +42,8 @@ def changes(mode: str, name: str) -> dict[str, dict[str, Any]]:
         "KSampler": {"steps": STEPS[mode]},
         "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
         "TrueFillCropRegion": {"native_size": NATIVE},
+        "TrueFillMaskFromText": ANYTHING,
+        "SAM3_Detect": {"threshold": 0.0},
         "TrueFillUpscale": {"steps": STEPS[mode] - 1, "tile": 0},
     }
     present = {node["class_type"] for node in api_graph(name).values()}
@@ -57,12 +52,11 @@ def changes(mode: str, name: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI with random checkpoints under the names of the graphs' models."""
+    """A running ComfyUI with stand-ins under the names of the graphs' models."""
     models = tmp_path_factory.mktemp("models")
-    (models / "checkpoints").mkdir()
-    for name, kind in STAND_INS.items():
-        (models / "checkpoints" / name).symlink_to(checkpoint(*kind))
-    with Server(host_path(), Path(sys.executable), models=[models], log_name="test-browser") as server:
+    place_stand_ins(models)
+    options = {"beside": [SMALL_SAM3], "models": [models], "log_name": "test-browser"}
+    with Server(host_path(), Path(sys.executable), **options) as server:
         yield server
 
 

@@ -12,6 +12,7 @@ from devtools.client import Client
 from devtools.server import Server
 from truefill_testing.checkpoints import FAMILIES, checkpoint, models_folder
 from truefill_testing.host import host_path
+from truefill_testing.stand_ins import SMALL_SAM3
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +23,14 @@ def comfyui() -> Iterator[Server]:
             checkpoint(family, inpainting)
     checkpoint("x4", inpainting=False)
     # People unpack the pack into folders of all kinds of names.
-    options = {"pack_folder": "ComfyUI-TrueFill main (1)", "models": [models_folder()], "log_name": "test-server"}
-    with Server(host_path(), Path(sys.executable), **options) as server:
+    with Server(
+        host_path(),
+        Path(sys.executable),
+        pack_folder="ComfyUI-TrueFill main (1)",
+        beside=[SMALL_SAM3],
+        models=[models_folder()],
+        log_name="test-server",
+    ) as server:
         yield server
 
 

@@ -17,21 +17,14 @@ from PIL import Image
 
 from devtools.client import Client
 from devtools.server import Server
-from truefill_testing.checkpoints import checkpoint
 from truefill_testing.host import ROOT, host_path
+from truefill_testing.stand_ins import ANYTHING, place_stand_ins
 
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 # Nodes of the editor alone, which the API format leaves out.
 NOTES = ("Note", "MarkdownNote")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-# The random checkpoint that stands in for the model that a graph names: family, inpainting.
-STAND_INS = {
-    "sd-v1-5-inpainting.safetensors": ("sd15", True),
-    "512-inpainting-ema.safetensors": ("sd2", True),
-    "sd_xl_base_1.0.safetensors": ("sdxl", False),
-    "x4-upscaler-ema.safetensors": ("x4", False),
-}
 
 
 def editor_graph(name: str) -> dict[str, Any]:
@@ -105,17 +98,13 @@ def to_api(graph: dict[str, Any], object_info: dict[str, Any]) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def named_checkpoints(comfyui: Server) -> Iterator[None]:
-    """Random checkpoints under the names of the graphs' models, as long as these tests run."""
+def named_models(comfyui: Server) -> Iterator[None]:
+    """Stand-ins under the names of the graphs' models, as long as these tests run."""
     assert comfyui.base is not None
-    folder = comfyui.base / "models" / "checkpoints"
-    folder.mkdir(exist_ok=True)
-    links = {folder / name: checkpoint(*kind) for name, kind in STAND_INS.items()}
-    for link, target in links.items():
-        link.symlink_to(target)
+    files = place_stand_ins(comfyui.base / "models")
     yield
-    for link in links:
-        link.unlink()
+    for file in files:
+        file.unlink()
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -125,7 +114,7 @@ def test_both_formats_are_the_same_graph(name: str, server: Client) -> None:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_graph_runs_and_changes_nothing_outside_the_hole(
-    name: str, server: Client, named_checkpoints: None, pack_module: Any
+    name: str, server: Client, named_models: None, pack_module: Any
 ) -> None:
     graph = copy.deepcopy(api_graph(name))
     samplers = every(graph, "KSampler")
@@ -133,6 +122,10 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
         sampler["steps"] = 2 // len(samplers)
     for scale in every(graph, "ImageScaleToTotalPixels"):
         scale["megapixels"] = 0.12
+    for search in every(graph, "TrueFillMaskFromText"):
+        search |= ANYTHING
+    for search in every(graph, "SAM3_Detect"):
+        search["threshold"] = 0.0
     crops, upscalers = every(graph, "TrueFillCropRegion"), every(graph, "TrueFillUpscale")
     for crop in crops:
         crop["native_size"] = 256
@@ -169,6 +162,29 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
         assert all((after[hole] != before[hole]).any(axis=1).mean() > 0.9 for after in results)
     assert known.mean() > 0.3
     assert all(np.array_equal(after[known], before[known]) for after in results)
+
+
+def test_the_click_of_the_demo_graph_takes_the_heart_and_something_else_appears(server: Client) -> None:
+    graph = copy.deepcopy(api_graph("click_inpaint_demo"))
+    (key,) = (key for key, node in graph.items() if node["class_type"] == "TrueFillSegment")
+    (save,) = (key for key, node in graph.items() if node["class_type"] == "SaveImage")
+    (crop,) = every(graph, "TrueFillCropRegion")
+    graph["click"] = {"class_type": "MaskToImage", "inputs": {"mask": [key, 0]}}
+    graph["clicked"] = {"class_type": "PreviewImage", "inputs": {"images": ["click", 0]}}
+    graph["before"] = {"class_type": "PreviewImage", "inputs": {"images": crop["image"]}}
+    images = server.run(graph).images
+    before, after, mask = (
+        np.asarray(Image.open(io.BytesIO(images[node][0])).convert("RGB")).astype(int)
+        for node in ("before", save, "clicked")
+    )
+    # The heart is purple and white, the table brown.
+    purple = (before[..., 2] > before[..., 1] + 40) & (np.indices(before.shape[:2])[1] > 640)
+    white = (before.min(axis=-1) > 190) & (np.indices(before.shape[:2])[1] > 655)
+    heart = (purple | white) & (np.indices(before.shape[:2])[0] > 310)
+    found = mask[..., 0] > 127
+    assert 3000 < heart.sum() < 6000
+    assert (heart & found).sum() / (heart | found).sum() > 0.9
+    assert purple.sum() > 1500 and ((after[..., 2] > after[..., 1] + 40) & heart).sum() < 0.1 * purple.sum()
 
 
 @pytest.fixture(scope="module")

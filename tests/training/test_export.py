@@ -44,6 +44,21 @@ def test_the_recipe_says_how_each_stage_was_trained(files):
     assert stage["figures"] == {}
 
 
+def test_stages_that_were_not_trained_again_stay_in_the_recipe(files, tmp_path):
+    record = tmp_path / "out" / "recipe.json"
+    record.parent.mkdir()
+    theirs = {"steps": 7, "figures": {"dev_loss": 0.5}}
+    record.write_text(json.dumps({"world_version": 1, "torch": "1.0", "stages": {"elsewhere": theirs, "vae": {}}}))
+    write_untrained(tmp_path)
+    stages = json.loads(record.read_text())["stages"]
+    assert stages["elsewhere"] == theirs
+    assert stages["vae"]["steps"] == 1 and "inpaint" in stages
+
+    record.write_text(json.dumps({"world_version": 0, "stages": {}}))
+    with pytest.raises(ValueError, match="is of version 0 of the world"):
+        write_untrained(tmp_path)
+
+
 def test_everything_together_is_small(files):
     assert sum(path.stat().st_size for path in files.values()) < 40e6
     for path in files.values():

@@ -134,12 +134,18 @@ def test_captions_are_dropped_now_and_then():
 @pytest.mark.parametrize("kind", segmenter_task.KINDS)
 def test_what_the_segmenter_is_asked_for_lies_on_its_object(kind):
     rng = np.random.default_rng(3)
-    batch = segmenter_task._prompts(rng, segmenter_task._scenes("dev", rng, 3), kind)
+    batch = segmenter_task._prompts(rng, [segmenter_task._example("dev", rng) for _ in range(3)], kind)
     masks = batch["masks"]
     assert masks.shape == (3, segmenter_task.PROMPTS, 256, 256) and masks.flatten(2).sum(dim=-1).min() >= 150
-    assert ("points" in batch) == (kind != "box") and ("boxes" in batch) == ("box" in kind)
+    assert ("points" in batch) == ("point" in kind) and ("rough" in batch) == (kind == "rough")
+    assert ("boxes" in batch) == (kind in ("box", "box and point", "rough"))
     for picture, thing in itertools.product(range(3), range(segmenter_task.PROMPTS)):
         mask = masks[picture, thing]
+        if "rough" in batch:
+            rough = batch["rough"][picture, thing]
+            assert bool((rough & mask).any()) and bool(((rough <= mask) | (rough >= mask)).all())
+            # The box is around what is drawn.
+            mask = rough
         if "points" in batch:
             found = [bool(mask[int(y), int(x)]) for x, y in batch["points"][picture, thing].tolist()]
             assert found == (batch["labels"][picture, thing] == 1).tolist()
@@ -148,6 +154,25 @@ def test_what_the_segmenter_is_asked_for_lies_on_its_object(kind):
             exact = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0].float()
             size = (exact[2:] - exact[:2]).repeat(2)
             assert ((batch["boxes"][picture, thing] - exact).abs() <= 0.1 * size + 1e-3).all()
+
+
+def test_pictures_for_the_segmenter_are_scenes_mosaics_and_parts_beside_padding():
+    rng = np.random.default_rng(5)
+    padded, crowded = 0, 0
+    for _ in range(40):
+        picture, masks = segmenter_task._example("dev", rng)
+        assert picture.shape == (256, 256, 3) and 0 <= picture.min() and picture.max() <= 1
+        assert masks.dtype == bool and masks.sum(axis=(1, 2)).min() >= 150
+        # What can be seen of things does not overlap.
+        assert masks.sum(axis=0).max() == 1
+        padding = np.isclose(picture, segmenter_task.MEAN, atol=1e-7).all(axis=-1)
+        if padding.any():
+            rows, columns = (~padding).any(axis=1).nonzero()[0], (~padding).any(axis=0).nonzero()[0]
+            assert rows.max() < 255 or columns.max() < 255
+            assert not (masks & padding).any()
+        padded += bool(padding.any())
+        crowded += len(masks) > 5
+    assert 8 < padded < 26 and 4 < crowded < 22
 
 
 def test_the_exported_segmenter_is_read_as_segment_anything(tmp_path):

@@ -1,0 +1,62 @@
+"""Files that stand in for the models that the shipped graphs name: of the real formats, with other weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from truefill_testing.checkpoints import checkpoint
+from truefill_testing.host import ROOT, pack_module
+
+CHECKPOINTS = {
+    "sd-v1-5-inpainting.safetensors": ("sd15", True),
+    "512-inpainting-ema.safetensors": ("sd2", True),
+    "sd_xl_base_1.0.safetensors": ("sdxl", False),
+    "x4-upscaler-ema.safetensors": ("x4", False),
+}
+"""Family and whether it is an inpainting model."""
+ANYTHING = {"threshold": 0.0, "pick": "best", "smallest": 4.0, "largest": 30.0}
+"""Settings of Mask From Text with which a detector that has learned nothing finds something."""
+SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
+"""A pack for the server: without it the host would wait for layers that the file does not have."""
+
+
+def _write_detector(path: Path) -> None:
+    from truefill_testing.random_dino import random_dino
+
+    torch.save({"model": {name: tensor.half() for name, tensor in random_dino().items()}}, path)
+
+
+def _write_sam3(path: Path) -> None:
+    from truefill_testing.random_sam3 import random_sam3
+
+    save_file(random_sam3(), path)
+
+
+def _write_segmenter(path: Path) -> None:
+    """The demo's: what it sees in a photo means nothing, but it is a thing with an outline."""
+    demo = pack_module("weights.demo_model")
+    torch.save(load_file(demo.FOLDER / demo.SEGMENTER_FILE), path)
+
+
+_WRITTEN = {
+    "checkpoints/sam3.1_multiplex_fp16.safetensors": _write_sam3,
+    "grounding-dino/groundingdino_swint_ogc.pth": _write_detector,
+    "sams/sam_vit_b_01ec64.pth": _write_segmenter,
+}
+
+
+def place_stand_ins(models: Path) -> list[Path]:
+    """Put all of them into a folder laid out like ComfyUI's `models`; returns the new files."""
+    placed = []
+    for name, kind in CHECKPOINTS.items():
+        placed.append(models / "checkpoints" / name)
+        placed[-1].parent.mkdir(parents=True, exist_ok=True)
+        placed[-1].symlink_to(checkpoint(*kind))
+    for name, write in _WRITTEN.items():
+        placed.append(models / name)
+        placed[-1].parent.mkdir(parents=True, exist_ok=True)
+        write(placed[-1])
+    return placed
