@@ -18,7 +18,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_extras.nodes_mask import composite
 
-from ..model_patches.guidance import with_painta, with_rasg
+from ..model_patches.boundary import SemanticBoundary
+from ..model_patches.guidance import with_boundary, with_painta, with_rasg
 from ..model_patches.painta import PAIntA
 from ..model_patches.prompt_tokens import encode_prompt
 from ..model_patches.rasg import RASG
@@ -49,15 +50,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: which model, with PAIntA, with RASG of which eta."""
+    """One row of the table: which model, with PAIntA, with RASG of which eta, with a semantic boundary."""
 
     model: str
     painta: bool = False
     eta: float | None = None
+    boundary: bool = False
 
     @property
     def name(self) -> str:
-        parts = ["PAIntA"] * self.painta + ["RASG"] * (self.eta is not None)
+        parts = ["PAIntA"] * self.painta + ["RASG"] * (self.eta is not None) + ["SBC"] * self.boundary
         return " + ".join(parts) or "plain"
 
 
@@ -74,7 +76,7 @@ class Outcome:
 
 
 def methods(models: list[str], etas: list[float]) -> list[Method]:
-    """Plain, + PAIntA, + RASG and + both for each model; the last two for each eta."""
+    """Plain, + PAIntA, + RASG and + both, + SBC for each model; those with RASG for each eta."""
     return [
         method
         for model in models
@@ -83,6 +85,7 @@ def methods(models: list[str], etas: list[float]) -> list[Method]:
             Method(model, painta=True),
             *(Method(model, eta=eta) for eta in etas),
             *(Method(model, painta=True, eta=eta) for eta in etas),
+            Method(model, boundary=True),
         )
     ]
 
@@ -107,6 +110,8 @@ def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
         model = with_painta(model, PAIntA())
     if method.eta is not None:
         model = with_rasg(model, RASG(eta=method.eta))
+    if method.boundary:
+        model = with_boundary(model, SemanticBoundary())
     return model
 
 

@@ -1,4 +1,4 @@
-"""Time and memory of one CFG step of a full-depth SD1.5-inpainting UNet: plain, PAIntA, RASG, both, and the literal forms.
+"""Time and memory of one CFG step of a full-depth SD1.5-inpainting UNet: plain, PAIntA, RASG, both, SBC, and the literal forms.
 
 Random weights: the cost does not depend on them. The literal forms do what the formulas of HD-Painter and its released code
 say: PAIntA with the N x N score matrix multiplied by c, RASG with the gradient through the whole UNet, both halves of CFG in
@@ -41,6 +41,7 @@ guidance = pack_module("model_patches.guidance")
 PeakMemory = pack_module("evaluation.memory").PeakMemory
 PAIntA = pack_module("model_patches.painta").PAIntA
 RASG = pack_module("model_patches.rasg").RASG
+SemanticBoundary = pack_module("model_patches.boundary").SemanticBoundary
 
 MIB = 2**20
 SD15 = {
@@ -201,6 +202,7 @@ def measure(step: Callable[[], None], device: torch.device) -> tuple[float, floa
 
 def variants(model: Any, scene: Scene, literal: bool) -> dict[str, Callable[[], None]]:
     painta = guidance.with_painta(model, PAIntA())
+    boundary = guidance.with_boundary(model, SemanticBoundary())
     rasg = guidance.with_rasg(model, RASG())
     both = guidance.with_rasg(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
@@ -208,6 +210,7 @@ def variants(model: Any, scene: Scene, literal: bool) -> dict[str, Callable[[], 
         "PAIntA": lambda: scene.step(painta),
         "RASG": lambda: scene.step(rasg),
         "PAIntA + RASG": lambda: scene.step(both),
+        "SBC": lambda: scene.step(boundary),
     }
     if literal:
         rows["literal RASG"] = lambda: literal_rasg_step(model, scene)

@@ -1,4 +1,4 @@
-"""PAIntA and RASG on a host MODEL: one composer for both, in either order, next to other packs' patches.
+"""PAIntA, RASG and semantic boundaries on a host MODEL: one composer for all, in any order, next to other packs' patches.
 
 A node only leaves its settings on a clone of the model, and one keyed wrapper around the sampler. All the rest is put
 into the options of a single run, when it is known what else is on the model, and is gone with that run, also after an
@@ -17,10 +17,11 @@ from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP
 
 from ..imaging.masks import as_mask_batch, coverage
+from .boundary import SemanticBoundary
 from .chunks import repeat_to_batch
 from .painta import PAIntA
 from .rasg import FACTOR, RASG
-from .run import KEY, GuidedRun
+from .run import KEY, Acting, GuidedRun, Method
 from .unet import require_unet, transformer_places
 
 
@@ -30,6 +31,7 @@ class Guidance:
 
     painta: PAIntA | None = None
     rasg: RASG | None = None
+    boundary: SemanticBoundary | None = None
 
 
 def with_painta(model: ModelPatcher, settings: PAIntA) -> ModelPatcher:
@@ -62,11 +64,22 @@ def with_rasg(model: ModelPatcher, settings: RASG) -> ModelPatcher:
     return _with_guidance(model.clone(disable_dynamic=True), rasg=replace(settings, mask=mask))
 
 
-def _with_guidance(model: ModelPatcher, **changes: PAIntA | RASG | None) -> ModelPatcher:
+def with_boundary(model: ModelPatcher, settings: SemanticBoundary) -> ModelPatcher:
+    """Returns a clone of `model` in which known pixels read none of the prompt. Strength 0 is the model as it was before.
+
+    `settings.mask` ([H, W] or [B, H, W], 1 = hole) overrules the masks of latent and conditioning. Raises ValueError for a
+    model without a Stable Diffusion UNet, and for a mask that is none.
+    """
+    require_unet(model, "Semantic Boundary")
+    mask = None if settings.mask is None else as_mask_batch(settings.mask)
+    return _with_guidance(model.clone(), boundary=replace(settings, mask=mask) if settings.strength else None)
+
+
+def _with_guidance(model: ModelPatcher, **changes: PAIntA | RASG | SemanticBoundary | None) -> ModelPatcher:
     options: dict[str, Any] = model.model_options
     guidance = options[KEY] = replace(options.get(KEY, Guidance()), **changes)
     model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    if guidance.painta is not None or guidance.rasg is not None:
+    if any((guidance.painta, guidance.rasg, guidance.boundary)):
         model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _sample)
     return model
 
@@ -87,11 +100,12 @@ def _sample(
     rest = (callback, noise, latent_image, denoise_mask, *args)
     guidance = extra_args["model_options"].get(KEY, Guidance())
     _refuse_compiled(extra_args["model_options"])
-    painta_hole = _hole_if_any(guidance.painta, guider, noise, denoise_mask, "PAIntA")
-    rasg_hole = _hole_if_any(guidance.rasg, guider, noise, denoise_mask, "RASG")
-    if painta_hole is None and rasg_hole is None:
+    painta = _acting(guidance.painta, guider, noise, denoise_mask, "PAIntA")
+    rasg = _acting(guidance.rasg, guider, noise, denoise_mask, "RASG")
+    boundary = _acting(guidance.boundary, guider, noise, denoise_mask, "Semantic Boundary")
+    if painta is None and rasg is None and boundary is None:
         return executor(guider, sigmas, extra_args, *rest, **kwargs)
-    run = GuidedRun(guider.inner_model, guidance.painta, painta_hole, guidance.rasg, rasg_hole)
+    run = GuidedRun(guider.inner_model, painta, rasg, boundary)
     sampler = run.sampler(executor.class_obj)
     options = run.install(create_model_options_clone(extra_args["model_options"]))
     with _conds_replaced(guider, run.conds_with_chunks(guider.conds)):
@@ -100,14 +114,14 @@ def _sample(
         return following.execute(guider, sigmas, {**extra_args, "model_options": options}, *rest, **kwargs)
 
 
-def _hole_if_any(
-    settings: PAIntA | RASG | None,
+def _acting(
+    settings: Method | None,
     guider: Any,
     noise: torch.Tensor,
     denoise_mask: torch.Tensor | None,
     who: str,
-) -> torch.Tensor | None:
-    """The hole on the latent grid, [B, 1, h, w] in [0, 1]; None where there is nothing to do (not asked for, or no hole)."""
+) -> Acting[Method] | None:
+    """The method with the hole on the latent grid; None where there is nothing to do (not asked for, or no hole)."""
     if settings is None:
         return None
     mask = denoise_mask if settings.mask is None else settings.mask
@@ -120,15 +134,15 @@ def _hole_if_any(
             f"InpaintModelConditioning or Set Latent Noise Mask, or connect a MASK to the {who} node."
         )
     hole = coverage(as_mask_batch(mask).to(noise.device), (noise.shape[-2], noise.shape[-1]))
-    return repeat_to_batch(hole, noise.shape[0]) if bool(hole.any()) else None
+    return Acting(settings, repeat_to_batch(hole, noise.shape[0])) if bool(hole.any()) else None
 
 
 def _refuse_compiled(model_options: dict[str, Any]) -> None:
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if "torch.compile" in wrappers:
         raise ValueError(
-            "PAIntA and RASG read and edit attention while the model runs, which a compiled model does not allow: take the "
-            "TorchCompileModel node out of this graph, or the TrueFill nodes."
+            "PAIntA, RASG and Semantic Boundary read and edit attention while the model runs, which a compiled model does not "
+            "allow: take the TorchCompileModel node out of this graph, or the TrueFill nodes."
         )
 
 

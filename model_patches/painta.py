@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import optimized_attention
 
 from ..imaging.masks import hole_cells
 from .autograd import full_precision
 from .chunks import Area, Chunk
-from .unet import Place, TransformerPlace
+from .unet import Place, TransformerPlace, attention
 
 FACTORS = (2, 4)
 """Latent cells per grid cell where PAIntA acts: 1/16 and 1/32 of the picture."""
@@ -170,7 +169,7 @@ class PAIntACall:
         return hook
 
     def _keep_projections(self, place: Place) -> Callable[..., torch.Tensor]:
-        attend = self._earlier[place] or _attention
+        attend = self._earlier[place] or attention
 
         def keep(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: dict[str, Any], **kwargs: Any
@@ -212,7 +211,7 @@ class PAIntACall:
         y = y.clone()
         for group in groups:
             if replaced is None:
-                attended = _attention(q[group.rows][:, group.hole], keys[group.rows], v[group.rows], extra_options)
+                attended = attention(q[group.rows][:, group.hole], keys[group.rows], v[group.rows], extra_options)
             else:
                 attended = replaced[group.rows][:, group.hole]
             rows = group.rows if isinstance(group.rows, slice) else group.rows[:, None]
@@ -259,17 +258,3 @@ def _scaled(keys: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _in_pixel_order(q: torch.Tensor, k: torch.Tensor, y: torch.Tensor) -> bool:
     return q.shape[:2] == y.shape[:2] and k.shape[0] == y.shape[0] and k.shape[1] >= y.shape[1]
-
-
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
-) -> torch.Tensor:
-    return optimized_attention(
-        q,
-        k,
-        v,
-        extra_options["n_heads"],
-        attn_precision=extra_options["attn_precision"],
-        transformer_options=extra_options,
-        **kwargs,
-    )

@@ -1,4 +1,4 @@
-"""One run of a sampler with PAIntA, RASG or both: what its model calls need to know, and what they tell each other."""
+"""One run of a sampler with the methods of step 4: what its model calls need to know, and what they tell each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
@@ -15,6 +16,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from . import stochastic
 from .autograd import as_ordinary, make_weights_ordinary, saving_copies
+from .boundary import BoundaryCall, BoundaryState, SemanticBoundary
 from .chunks import CHUNKS_KEY, Chunk, ChunkCond
 from .painta import NeedsConditionalRows, PAIntA, PAIntACall, PAIntAState
 from .prompt_tokens import token_set_of
@@ -24,6 +26,16 @@ from .unet import TransformerPlace, transformer_places
 KEY = "TrueFill"
 """Key of our wrappers, and of the nodes' settings in `model_options`."""
 
+Method = TypeVar("Method", PAIntA, RASG, SemanticBoundary)
+
+
+@dataclass(frozen=True, eq=False)
+class Acting(Generic[Method]):
+    """A method that acts in a run: its settings, and the hole [B, 1, h, w] on the latent grid."""
+
+    settings: Method
+    hole: torch.Tensor
+
 
 class GuidedRun:
     """The state of one run, and the wrappers through which the host's calls reach it."""
@@ -31,26 +43,21 @@ class GuidedRun:
     def __init__(
         self,
         model: Any,
-        painta: PAIntA | None,
-        painta_hole: torch.Tensor | None,
-        rasg: RASG | None,
-        rasg_hole: torch.Tensor | None,
+        painta: Acting[PAIntA] | None,
+        rasg: Acting[RASG] | None,
+        boundary: Acting[SemanticBoundary] | None,
     ):
-        """`model` is the host's loaded model; a method whose hole ([B, 1, h, w] on the latent grid) is None does not act."""
-        self._painta = None if painta_hole is None else painta
-        self._painta_state = None if painta_hole is None else PAIntAState(painta_hole)
-        self._rasg = None if rasg_hole is None else rasg
-        self._rasg_hole = rasg_hole
-        hole = rasg_hole if painta_hole is None else painta_hole
-        if hole is None:
-            raise ValueError("A guided run needs a hole.")
-        self._latent_size = (hole.shape[-2], hole.shape[-1])
-        self._batch = hole.shape[0]
-        self._in_window = {
-            settings: _window(model.model_sampling, settings)
-            for settings in (self._painta, self._rasg)
-            if settings is not None
-        }
+        """`model` is the host's loaded model; at least one of the methods acts."""
+        self._painta = painta and painta.settings
+        self._painta_state = painta and PAIntAState(painta.hole)
+        self._rasg = rasg and rasg.settings
+        self._rasg_hole = rasg and rasg.hole
+        self._boundary = boundary and boundary.settings
+        self._boundary_state = boundary and BoundaryState(boundary.hole)
+        acting = [method for method in (painta, rasg, boundary) if method is not None]
+        self._batch, _, *size = acting[0].hole.shape
+        self._latent_size = (size[0], size[1])
+        self._in_window = {method.settings: _window(model.model_sampling, method.settings) for method in acting}
         self._latent_channels = model.latent_format.latent_channels
         self._sigma = 0.0
         self._conditional_first = False
@@ -123,7 +130,7 @@ class GuidedRun:
 
         return factory
 
-    def _active(self, settings: PAIntA | RASG | None) -> bool:
+    def _active(self, settings: PAIntA | RASG | SemanticBoundary | None) -> bool:
         return settings is not None and self._in_window[settings](self._sigma)
 
     def _calc_cond_batch(
@@ -196,6 +203,8 @@ class GuidedRun:
         others_write = control is not None or any(options.get(kind) for kind in ("patches", "patches_replace"))
         unet = executor.class_obj
         places = transformer_places(unet)
+        if self._boundary is not None and self._boundary_state is not None and self._active(self._boundary):
+            BoundaryCall(self._boundary, places, chunks, context.shape[1], self._boundary_state).install(options)
         painta = nullcontext()
         if self._painta is not None and self._painta_state is not None and self._active(self._painta):
             call = PAIntACall(self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance)
@@ -257,7 +266,7 @@ class GuidedRun:
         height, width = self._latent_size if chunks[0].area is None else chunks[0].area[:2]
         if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self._batch * len(chunks):
             raise ValueError(
-                f"PAIntA and RASG expected latents of {width}x{height} cells and the model was called with "
+                f"PAIntA, RASG and Semantic Boundary expected latents of {width}x{height} cells and the model was called with "
                 f"{x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
             )
 
@@ -282,7 +291,7 @@ def _is_negative(entry: dict[str, Any]) -> bool:
     return cond is None or not cond.chunk.conditional
 
 
-def _window(model_sampling: Any, settings: PAIntA | RASG) -> Callable[[float], bool]:
+def _window(model_sampling: Any, settings: PAIntA | RASG | SemanticBoundary) -> Callable[[float], bool]:
     """Whether a noise level lies between start and end, in percent of sampling."""
     first = model_sampling.percent_to_sigma(settings.start_percent)
     last = model_sampling.percent_to_sigma(settings.end_percent)

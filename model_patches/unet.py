@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import (
@@ -11,6 +12,7 @@ from comfy.ldm.modules.attention import (
     CrossAttention,
     SpatialTransformer,
     SpatialVideoTransformer,
+    optimized_attention,
 )
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
@@ -48,6 +50,21 @@ def transformer_places(unet: UNetModel) -> list[TransformerPlace]:
                 elif isinstance(layer, Upsample) or (isinstance(layer, ResBlock) and _resamples(layer, Upsample)):
                     factor //= 2
     return found
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
+) -> torch.Tensor:
+    """The host's attention, as a block calls it: what is used where no pack has replaced it."""
+    return optimized_attention(
+        q,
+        k,
+        v,
+        extra_options["n_heads"],
+        attn_precision=extra_options["attn_precision"],
+        transformer_options=extra_options,
+        **kwargs,
+    )
 
 
 def _layers(block: object) -> Iterable[torch.nn.Module]:

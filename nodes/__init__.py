@@ -6,7 +6,7 @@ from .compare import TrueFillCompare
 from .condition import TrueFillEncodePrompt
 from .detect import TrueFillDetect, TrueFillLoadDetector, TrueFillMaskFromText
 from .finish import TrueFillHarmonize, TrueFillStitchRegion
-from .guide import TrueFillPAIntA, TrueFillRASG
+from .guide import TrueFillPAIntA, TrueFillRASG, TrueFillSemanticBoundary
 from .load import TrueFillDemoModel
 from .mask import (
     TrueFillCleanMask,
@@ -40,6 +40,7 @@ class TrueFillExtension(ComfyExtension):
             TrueFillEncodePrompt,
             TrueFillPAIntA,
             TrueFillRASG,
+            TrueFillSemanticBoundary,
             TrueFillStitchRegion,
             TrueFillHarmonize,
             TrueFillUpscale,

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..model_patches.guidance import with_painta, with_rasg
+from ..model_patches.boundary import SemanticBoundary
+from ..model_patches.guidance import with_boundary, with_painta, with_rasg
 from ..model_patches.painta import PAIntA
 from ..model_patches.rasg import RASG
 
@@ -171,3 +172,53 @@ class TrueFillRASG(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_window(start_percent, end_percent)
         return io.NodeOutput(with_rasg(model, RASG(eta, strength, start_percent, end_percent, sigma, mask)))
+
+
+class TrueFillSemanticBoundary(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillSemanticBoundary",
+            display_name="SBC: Semantic Boundary (TrueFill)",
+            category="TrueFill/4 guide",
+            description="Keeps the prompt inside the hole: known pixels do not read its words. PILOT's semantic boundary "
+            "control, for SD1.5, SD2 and SDXL, plain and inpainting; training-free.",
+            search_aliases=[
+                "pilot",
+                "sbc",
+                "semantic boundary control",
+                "attention mask",
+                "regional prompt",
+                "inpaint",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="1 is the paper: the words are silent at known pixels. 0 leaves the model as it is.",
+                ),
+                _start_percent(),
+                _end_percent(1.0, "The paper's default is all of sampling."),
+                _mask(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the boundary. Works with every sampler, PAIntA and RASG.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        mask: io.Mask.Type | None = None,
+    ) -> io.NodeOutput:
+        _check_window(start_percent, end_percent)
+        return io.NodeOutput(with_boundary(model, SemanticBoundary(strength, start_percent, end_percent, mask)))

@@ -17,12 +17,13 @@ def outcome(index: int, right: bool, **other: float) -> dict:
     return {"row": 0, "index": index, "right": right, **values, **other}
 
 
-def test_rows_are_the_papers_ablation_on_both_models():
+def test_rows_are_the_papers_ablation_and_the_boundary_on_both_models():
     rows = accuracy.methods(["9-channel", "4-channel"], [0.01, 0.1])
     assert [row.name for row in rows[:6]] == ["plain", "PAIntA", "RASG", "RASG", "PAIntA + RASG", "PAIntA + RASG"]
     assert [row.eta for row in rows[:6]] == [None, None, 0.01, 0.1, 0.01, 0.1]
-    assert {row.model for row in rows[:6]} == {"9-channel"} and {row.model for row in rows[6:]} == {"4-channel"}
-    assert set(bench.PAPER) == {row.name for row in rows}
+    assert rows[6].name == "SBC"
+    assert {row.model for row in rows[:7]} == {"9-channel"} and {row.model for row in rows[7:]} == {"4-channel"}
+    assert {*bench.PAPER, "SBC"} == {row.name for row in rows}
 
 
 def test_a_row_says_what_came_of_its_triplets():

@@ -114,6 +114,20 @@ def test_every_family_fills_the_hole_and_touches_nothing_else(server: Client, fa
     assert not np.array_equal(picture(plain["save result"][0]), result), "PAIntA and RASG changed nothing"
 
 
+def test_a_semantic_boundary_changes_the_hole_and_strength_0_nothing(server: Client) -> None:
+    graph = inpainting_graph("sd15")
+    boundary = {"model": ["checkpoint", 0], "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}
+    graph["boundary"] = node("TrueFillSemanticBoundary", **boundary)
+    graph = changed(graph, sampler={"model": ["boundary", 0]})
+    images = server.run(graph).images
+    result, before = picture(images["save result"][0]), picture(images["save picture"][0])
+    hole = np.asarray(Image.open(io.BytesIO(images["save mask"][0])).convert("L").resize(SIZE, Image.Resampling.BOX))
+    assert np.array_equal(result[hole == 0], before[hole == 0])
+    plain = server.run(changed(graph, sampler={"model": ["checkpoint", 0]})).images["save result"]
+    assert not np.array_equal(picture(plain[0]), result)
+    assert server.run(changed(graph, boundary={"strength": 0.0})).images["save result"] == plain
+
+
 def test_the_graph_twice_gives_the_same_bytes(server: Client) -> None:
     graph = inpainting_graph("sd15-inpainting", seed=1)
     first = server.run(graph).images["save result"]

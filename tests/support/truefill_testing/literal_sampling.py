@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 
+from .literal_boundary import Boundary
 from .literal_painta import Painta, Row
 from .literal_rasg import normalised, objective
 from .literal_unet import literal_unet
@@ -112,6 +113,7 @@ def literal_sample(
     betas: torch.Tensor | None = None,
     guidance: Literal["rasg"] | Callable[[int], torch.Tensor] | None = None,
     painta: PaintaSettings | None = None,
+    boundary: float | None = None,
     hole: torch.Tensor | None = None,
 ) -> Run:
     """Sample as the host's KSampler does with `euler` (eta 0) or `euler_ancestral` (eta > 0), with g as its noise.
@@ -126,7 +128,8 @@ def literal_sample(
     noise_mask    [B, 1, h, w], 1 = sampled: known latents, noised, go into the model; clean ones into its prediction
     sigma_choice  "ddim": eta * true_ddim_sigma; "released": eta * released_sigma of `betas` [1000], the training's
     guidance      "rasg", or a function of the step's index that gives the noise [B, 4, h, w], or None: none
-    hole          [B, 1, h, w] for PAIntA and RASG
+    boundary      semantic boundary control of this strength, at every step
+    hole          [B, 1, h, w] for PAIntA, RASG and the boundary
     """
     table, noise, latent = table.double(), noise.double(), latent.double()
     concat = None if concat is None else (concat[0].double(), concat[1].double())
@@ -147,7 +150,19 @@ def literal_sample(
         z_seen = x_seen * math.sqrt(abar_t)
         settings = painta if painta is not None and timestep > painta.above else None
         predicted, score = _predict(
-            unet, z_seen, timestep, abar_t, positive, negative, cfg, v_prediction, concat, settings, hole, guidance
+            unet,
+            z_seen,
+            timestep,
+            abar_t,
+            positive,
+            negative,
+            cfg,
+            v_prediction,
+            concat,
+            settings,
+            None if boundary is None else Boundary(hole, boundary),
+            hole,
+            guidance,
         )
         gradient = None
         noise_added = None
@@ -188,7 +203,9 @@ def _start(noise: torch.Tensor, latent: torch.Tensor, sigma: float, sigma_max: f
     return (1.0 if from_the_end else math.sqrt(1.0 - abar)) * noise + math.sqrt(abar) * latent
 
 
-def _predict(unet, z, timestep, abar, positive, negative, cfg, v_prediction, concat, settings, hole, guidance):
+def _predict(
+    unet, z, timestep, abar, positive, negative, cfg, v_prediction, concat, settings, boundary, hole, guidance
+):
     """CFG's eps [B, 4, h, w] at z, uncond + cfg (cond - uncond), and RASG's S summed over the pictures."""
     pictures = z.shape[0]
     unet_input = z if concat is None else torch.cat([z, concat[0].round(), concat[1]], dim=1)
@@ -203,7 +220,9 @@ def _predict(unet, z, timestep, abar, positive, negative, cfg, v_prediction, con
             painta = settings and Painta(rows, hole, settings.strength, settings.smooth, c)
             y = prompt.y if prompt.y is None else prompt.y.double().expand(pictures, -1)
             context = prompt.context.double().expand(pictures, -1, -1)
-            output, recorded = literal_unet(unet, unet_input, timesteps, context, y, painta=painta, record=True)
+            output, recorded = literal_unet(
+                unet, unet_input, timesteps, context, y, painta=painta, boundary=boundary, record=True
+            )
             if guidance == "rasg" and role == "cond":
                 for sample in range(pictures):
                     score = score + objective(recorded, sample, tokens[sample], hole[sample : sample + 1])

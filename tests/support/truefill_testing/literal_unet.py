@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .host import ensure_host
+from .literal_boundary import Boundary
 from .literal_painta import Painta, Place
 
 ensure_host()
@@ -46,6 +47,7 @@ class _Forward:
 
     context: torch.Tensor
     painta: Painta | None
+    boundary: Boundary | None
     recorded: list[CrossScores]
     factor: int = 1
 
@@ -66,6 +68,7 @@ def literal_unet(
     y: torch.Tensor | None = None,
     *,
     painta: Painta | None = None,
+    boundary: Boundary | None = None,
     record: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, list[CrossScores]]:
     """The UNet's output [B, 4, h, w] for x [B, channels, h, w], timesteps [B], context [B, L, C], ADM y [B, A].
@@ -80,7 +83,7 @@ def literal_unet(
         sequence = unet.label_emb[0]
         embedding = embedding + _linear(sequence[2], F.silu(_linear(sequence[0], y)))
 
-    forward = _Forward(context, painta, [])
+    forward = _Forward(context, painta, boundary, [])
     skips = []
     h = x
     for index, block in enumerate(unet.input_blocks):
@@ -160,7 +163,7 @@ def _transformer_block(block, x, place: Place, grid, forward: _Forward):
     scores = _scores(block.attn2, n, context)
     if forward.factor == RECORDED_FACTOR:
         forward.recorded.append(CrossScores(place, grid, scores))
-    x = x + _output(block.attn2, scores, context)
+    x = x + _output(block.attn2, scores, context, forward.boundary, grid)
 
     n = _layer_norm(block.norm3, x)
     values, gates = _linear(block.ff.net[0].proj, n).chunk(2, dim=-1)
@@ -190,10 +193,13 @@ def _scores(attention, queries_from, keys_from):
     return q @ k.mT / math.sqrt(attention.dim_head)
 
 
-def _output(attention, scores, values_from):
+def _output(attention, scores, values_from, boundary=None, grid=None):
     """to_out(softmax(A) V): [rows, heads, N, M], [rows, M, .] -> [rows, N, channels]."""
     v = _split_heads(attention, _linear(attention.to_v, values_from))
-    return _linear(attention.to_out[0], (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
+    probabilities = scores.softmax(dim=-1)
+    if boundary is not None:
+        probabilities = boundary.bounded(probabilities, grid)
+    return _linear(attention.to_out[0], (probabilities @ v).transpose(1, 2).flatten(2))
 
 
 def _split_heads(attention, x):
