@@ -14,7 +14,7 @@ from ..weights.grounding_dino import WHERE_TO_GET, read_detector, tokenizer
 from .files import ModelFiles
 from .segment import SegmenterType
 
-FILES = ModelFiles(("grounding-dino", "groundingdino"), "groundingdino_swint_ogc.pth", "Grounding DINO", WHERE_TO_GET)
+FILES = ModelFiles(("grounding-dino", "groundingdino"), "Grounding DINO", WHERE_TO_GET)
 
 DetectorType = io.Custom("DETECTOR")
 
@@ -37,6 +37,10 @@ class TrueFillLoadDetector(io.ComfyNode):
             ],
             outputs=[DetectorType.Output(display_name="DETECTOR", tooltip="For Detect and Mask From Text.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, detector: str | None = None) -> bool | str:
+        return FILES.check(detector)
 
     @classmethod
     def execute(cls, detector: str) -> io.NodeOutput:

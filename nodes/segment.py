@@ -12,12 +12,12 @@ from ..weights import demo_model
 from ..weights.segmenters import WHERE_TO_GET, read_segmenter
 from .files import ModelFiles
 
+DEMO = "demo"
 FILES = ModelFiles(
     ("sams", "sam2"),
-    "sam_vit_b_01ec64.pth",
     "Segment Anything",
     WHERE_TO_GET,
-    {"demo": demo_model.FOLDER / demo_model.SEGMENTER_FILE},
+    {DEMO: demo_model.FOLDER / demo_model.SEGMENTER_FILE},
 )
 
 SegmenterType = io.Custom("SEGMENTER")
@@ -56,12 +56,18 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                 io.Combo.Input(
                     "segmenter",
                     options=FILES.names(),
+                    # Not the demo's, which knows no photo.
+                    default=next((name for name in FILES.names() if name != DEMO), "sam_vit_b_01ec64.pth"),
                     tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is. "
                     "demo: ships with the pack, and knows only the demo model's world.",
                 )
             ],
             outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, segmenter: str | None = None) -> bool | str:
+        return FILES.check(segmenter)
 
     @classmethod
     def execute(cls, segmenter: str) -> io.NodeOutput:

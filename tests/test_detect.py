@@ -142,6 +142,10 @@ def test_where_there_is_no_file_at_all_it_says_where_to_get_one() -> None:
         FileNotFoundError, match=r"There is no groundingdino_swint_ogc\.pth in .*grounding-dino.*https://.*\.pth"
     ):
         loader.execute("groundingdino_swint_ogc.pth")
+    assert "https://" in str(loader.validate_inputs("groundingdino_swint_ogc.pth"))
+    assert "There is no file in" in str(loader.validate_inputs(""))
+    # Another node will name it.
+    assert loader.validate_inputs(None) is True
 
 
 @pytest.mark.parametrize("size", [(100, 140), (140, 100)], ids=str)

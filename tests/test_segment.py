@@ -157,6 +157,11 @@ def test_where_there_is_no_file_at_all_it_says_where_to_get_one() -> None:
     loader = pack_module("nodes.segment").TrueFillLoadSegmenter
     with pytest.raises(FileNotFoundError, match=r"There is no sam_vit_b_01ec64\.pth in .*sams.*https://.*\.pth"):
         loader.execute("sam_vit_b_01ec64.pth")
+    assert "https://" in str(loader.validate_inputs("sam_vit_b_01ec64.pth"))
+    assert loader.validate_inputs("demo") is True
+    (choice,) = loader.define_schema().inputs
+    # A photo is not for the demo's.
+    assert choice.options == ["demo"] and choice.default == "sam_vit_b_01ec64.pth"
 
 
 def test_a_picture_that_is_none_is_refused(segmenter) -> None:

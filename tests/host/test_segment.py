@@ -72,6 +72,17 @@ def test_a_point_becomes_the_mask_that_the_model_gives(server: Client, file: Pat
     assert 0.001 < found.mean() < 0.999
 
 
+@pytest.mark.parametrize(
+    ("class_type", "name"), [("TrueFillLoadSegmenter", "segmenter"), ("TrueFillLoadDetector", "detector")]
+)
+def test_a_file_that_is_not_there_is_named_before_anything_runs(server: Client, class_type: str, name: str) -> None:
+    nodes = {"load": node(class_type, **{name: "not_there.pth"}), "show": node("PreviewAny", source=["load", 0])}
+    with pytest.raises(GraphRejected, match=r"There is no not_there\.pth in .*: get a .* file \(https://"):
+        server.run(nodes)
+    # What the editor tells a new user by.
+    assert "not_there.pth" not in server.object_info()[class_type]["input"]["required"][name][1]["options"]
+
+
 def test_a_sam2_file_in_its_own_folder_is_listed_and_works(server: Client, file: Path) -> None:
     path = file.parent.parent / "sam2" / "truefill_sam2.1_hiera_tiny.pt"
     path.parent.mkdir(exist_ok=True)
