@@ -156,6 +156,17 @@ def test_what_the_segmenter_is_asked_for_lies_on_its_object(kind):
             assert ((batch["boxes"][picture, thing] - exact).abs() <= 0.1 * size + 1e-3).all()
 
 
+def test_a_new_segmenter_sees_its_prompts():
+    """Else it learns to find things, but never which one is meant."""
+    network = segmenter_task.new_segmenter(0)
+    pixels = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    points = torch.tensor([[[[60.5, 60.5]], [[68.5, 60.5]], [[200.5, 180.5]]]])
+    with torch.no_grad():
+        masks = network(pixel_values=pixels, input_points=points, input_labels=torch.ones(1, 3, 1)).pred_masks[0]
+    near, far = ((masks[0] - masks[other]).std() / masks[0].std() for other in (1, 2))
+    assert far > 0.1 and near < 0.8 * far
+
+
 def test_pictures_for_the_segmenter_are_scenes_mosaics_and_parts_beside_padding():
     rng = np.random.default_rng(5)
     padded, crowded = 0, 0

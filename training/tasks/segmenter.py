@@ -71,7 +71,16 @@ def new_segmenter(seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SamModel(config)
+        model = SamModel(config)
+        # transformers makes room for published weights: what it draws is for networks of their width, and its frequencies are 64
+        # times Segment Anything's own, with which places next to each other have nothing in common.
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.Embedding):
+                module.reset_parameters()
+    with torch.no_grad():
+        places = model.shared_image_embedding
+        places.positional_embedding.div_(places.scale)
+    return model
 
 
 def _point(rng: np.random.Generator, mask: np.ndarray) -> tuple[float, float]:
