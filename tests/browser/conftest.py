@@ -64,7 +64,7 @@ def drive(chromium: str) -> Callable[..., dict[str, Any]]:
             str(Path(__file__).with_name(driver)),
             json.dumps({**always, "nodes2": mode == "nodes2", **job}),
         ]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=900)
+        done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=1500)
         assert done.returncode == 0, f"{done.stderr}\n--- ComfyUI's log ---\n{server.tail()}"
         return json.loads(done.stdout)
 
