@@ -125,7 +125,8 @@ def test_a_semantic_boundary_changes_the_hole_and_strength_0_nothing(server: Cli
     assert np.array_equal(result[hole == 0], before[hole == 0])
     plain = server.run(changed(graph, sampler={"model": ["checkpoint", 0]})).images["save result"]
     assert not np.array_equal(picture(plain[0]), result)
-    assert server.run(changed(graph, boundary={"strength": 0.0})).images["save result"] == plain
+    off = server.run(changed(graph, boundary={"strength": 0.0})).images["save result"]
+    assert np.array_equal(picture(off[0]), picture(plain[0]))
 
 
 def test_the_graph_twice_gives_the_same_bytes(server: Client) -> None:
