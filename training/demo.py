@@ -155,7 +155,7 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
         print("\nStopped; the same command goes on from here.")
         return 130
     weights = sum(parameter.numel() for parameter in task.networks.parameters())
-    trainer = loop.Trainer(task, settings, options.runs / options.stage, device)
+    trainer = loop.Trainer(task, settings, options.runs / options.stage, device, options.restart)
     print(f"{options.stage}: {weights / 1e6:.2f} M weights on {device}, from step {trainer.step} of {settings.steps}")
     finished = trainer.train(stop, console.step)
     if not finished:
@@ -213,6 +213,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("stage", choices=[*DEFAULTS, "samples", "export"])
     parser.add_argument("--steps", type=positive, help="length of the run; " + listed("steps"))
+    parser.add_argument(
+        "--restart", action="store_true", help="with more --steps than a run that has ended: its learning rate rises again"
+    )
     parser.add_argument("--batch", type=positive, help="pictures in a step; " + listed("batch"))
     parser.add_argument("--learning-rate", type=float, help=listed("learning_rate"))
     parser.add_argument("--seed", type=int, help="default: 0")

@@ -43,7 +43,8 @@ def _record(stage: Path) -> dict[str, Any]:
     figures = stage / "figures.json"
     finished = figures.is_file() and state["step"] == state["identity"]["steps"]
     measured = json.loads(figures.read_text()) if finished else {}
-    return {**state["identity"], "trained_steps": state["step"], "figures": measured}
+    restarts = {"restarts": state["restarts"]} if state["restarts"] else {}
+    return {**state["identity"], "trained_steps": state["step"], **restarts, "figures": measured}
 
 
 def export(runs: Path, out: Path) -> list[Path]:

@@ -124,10 +124,15 @@ def _batches(task: Task, settings: Settings, first: int) -> Iterator[Batch]:
 class Trainer:
     """One stage's run. Its state lies in `folder`: checkpoint.pt, losses.json, losses.png.
 
+    With `restart` a run that has ended goes on to more steps, its learning rate high again (a warm restart, arXiv 1608.03983);
+    what is recorded of it says at which steps that was.
+
     Raises ValueError where the folder holds a run with other settings.
     """
 
-    def __init__(self, task: Task, settings: Settings, folder: Path, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, settings: Settings, folder: Path, device: torch.device, restart: bool = False
+    ) -> None:
         self.task, self.settings, self.folder, self.device = task, settings, folder, device
         task.to(device)
         self._parameters: list[torch.Tensor] = list(task.networks.parameters())
@@ -136,10 +141,11 @@ class Trainer:
             self._parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.step = 0
+        self.restarts: list[int] = []
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, float] = {}
         if self.checkpoint.is_file():
-            self._resume()
+            self._resume(restart)
 
     @property
     def checkpoint(self) -> Path:
@@ -149,7 +155,7 @@ class Trainer:
         values = asdict(self.settings)
         return {"task": self.task.name, **{name: values[name] for name in IDENTITY}}
 
-    def _resume(self) -> None:
+    def _resume(self, restart: bool) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
         mine = self._identity()
         before = replace(self.settings, steps=state["identity"]["steps"])
@@ -157,8 +163,12 @@ class Trainer:
         same_so_far = all(
             learning_rate_at(step, before) == learning_rate_at(step, self.settings) for step in range(state["step"])
         )
+        self.restarts = state["restarts"]
+        restarted = restart and state["step"] == before.steps < self.settings.steps
+        if restarted:
+            self.restarts.append(before.steps)
         for name, value in state["identity"].items():
-            if value != mine[name] and not (name == "steps" and same_so_far):
+            if value != mine[name] and not (name == "steps" and (same_so_far or restarted)):
                 raise ValueError(
                     f"The run in {self.folder} has {name} {value}, this one {mine[name]}. "
                     "Resume it with its own settings, or start afresh in another folder."
@@ -179,6 +189,7 @@ class Trainer:
             "average": dict(zip(names, self._average, strict=True)),
             "optimizer": self._optimizer.state_dict(),
             "step": self.step,
+            "restarts": self.restarts,
             "history": self.history,
             "sums": self._sums,
         }

@@ -18,7 +18,7 @@ from PIL import Image
 from devtools.client import Client
 from devtools.server import Server
 from truefill_testing.host import ROOT, host_path
-from truefill_testing.stand_ins import ANYTHING, place_stand_ins
+from truefill_testing.stand_ins import ANYTHING, THE_MOON, place_stand_ins
 
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -122,6 +122,11 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
         sampler["steps"] = 2 // len(samplers)
     for scale in every(graph, "ImageScaleToTotalPixels"):
         scale["megapixels"] = 0.12
+    if every(graph, "TrueFillLoadSegmenter"):
+        for picture in every(graph, "TrueFillExamplePhoto"):
+            picture["photo"] = "toy scene"
+        for click in every(graph, "TrueFillSegment"):
+            click |= THE_MOON
     for search in every(graph, "TrueFillMaskFromText"):
         search |= ANYTHING
     for search in every(graph, "SAM3_Detect"):

@@ -19,6 +19,8 @@ CHECKPOINTS = {
 """Family and whether it is an inpainting model."""
 ANYTHING = {"threshold": 0.0, "pick": "best", "smallest": 4.0, "largest": 30.0}
 """Settings of Mask From Text with which a detector that has learned nothing finds something."""
+THE_MOON = {"include": '[{"x":45,"y":80}]', "exclude": ""}
+"""Settings of Segment that mean something to the segmenter in the toy scene, all that it has learned to see."""
 SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
 """A pack for the server: without it the host would wait for layers that the file does not have."""
 
@@ -36,7 +38,7 @@ def _write_sam3(path: Path) -> None:
 
 
 def _write_segmenter(path: Path) -> None:
-    """The demo's: what it sees in a photo means nothing, but it is a thing with an outline."""
+    """The demo's: what it sees in a photo means nothing, and can be nothing at all."""
     demo = pack_module("weights.demo_model")
     torch.save(load_file(demo.FOLDER / demo.SEGMENTER_FILE), path)
 
