@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -78,3 +82,38 @@ def make_weights_ordinary(module: torch.nn.Module) -> None:
 def _same_memory(tensor: torch.Tensor) -> torch.Tensor:
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+@contextmanager
+def recomputed(unet: torch.nn.Module, copies: bool) -> Iterator[None]:
+    """Activation checkpointing: within it the blocks of a UNet keep their inputs alone and run again in the backward pass.
+
+    The backward pass has to happen within it, too. `copies` keeps copies of the inputs, where code between the blocks may write
+    into them.
+    """
+    blocks = [module for module in unet.modules() if isinstance(module, (ResBlock, SpatialTransformer))]
+    own = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = functools.partial(_run_again, block.forward, copies)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
+
+
+def _run_again(forward: Callable[..., torch.Tensor], copies: bool, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            # The UNet writes into it which block is at work.
+            return value.copy()
+        return value.clone() if copies and isinstance(value, torch.Tensor) else value
+
+    args, kwargs = tuple(map(kept, args)), {name: kept(value) for name, value in kwargs.items()}
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

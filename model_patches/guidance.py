@@ -24,6 +24,9 @@ from .rasg import FACTOR, RASG
 from .run import KEY, Acting, GuidedRun, Method
 from .unet import require_unet, transformer_places
 
+RUN_KEY = "TrueFill run"
+"""Where the options of a run have its `GuidedRun`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
@@ -99,16 +102,15 @@ def _sample(
     """Wrapper around the host's `Sampler.sample`: one run with the guidance that the model's options ask for."""
     rest = (callback, noise, latent_image, denoise_mask, *args)
     guidance = extra_args["model_options"].get(KEY, Guidance())
-    _refuse_compiled(extra_args["model_options"])
+    refuse_compiled(extra_args["model_options"])
     painta = _acting(guidance.painta, guider, noise, denoise_mask, "PAIntA")
     rasg = _acting(guidance.rasg, guider, noise, denoise_mask, "RASG")
     boundary = _acting(guidance.boundary, guider, noise, denoise_mask, "Semantic Boundary")
     if painta is None and rasg is None and boundary is None:
         return executor(guider, sigmas, extra_args, *rest, **kwargs)
-    run = GuidedRun(guider.inner_model, painta, rasg, boundary)
+    run = GuidedRun(guider.inner_model, noise, painta, rasg, boundary)
     sampler = run.sampler(executor.class_obj)
-    options = run.install(create_model_options_clone(extra_args["model_options"]))
-    with _conds_replaced(guider, run.conds_with_chunks(guider.conds)):
+    with installed(run, guider, extra_args["model_options"]) as options:
         # The next wrapper, or the sampler itself, with a sampler that is a changed copy of the one given.
         following = type(executor).new_class_executor(sampler.sample, sampler, executor.wrappers, executor.idx + 1)
         return following.execute(guider, sigmas, {**extra_args, "model_options": options}, *rest, **kwargs)
@@ -124,7 +126,18 @@ def _acting(
     """The method with the hole on the latent grid; None where there is nothing to do (not asked for, or no hole)."""
     if settings is None:
         return None
-    mask = denoise_mask if settings.mask is None else settings.mask
+    hole = hole_on_latent(settings.mask, guider, noise, denoise_mask, who)
+    return Acting(settings, hole) if bool(hole.any()) else None
+
+
+def hole_on_latent(
+    mask: torch.Tensor | None, guider: Any, noise: torch.Tensor, denoise_mask: torch.Tensor | None, who: str
+) -> torch.Tensor:
+    """How much of each cell of the latent is hole, [B, 1, h, w], by `mask`, else by what the latent or the conditioning says.
+
+    Raises ValueError where none of them has a mask.
+    """
+    mask = denoise_mask if mask is None else mask
     if mask is None:
         masks = (entry.get("concat_mask") for entries in guider.conds.values() for entry in entries)
         mask = next((found for found in masks if found is not None), None)
@@ -134,23 +147,27 @@ def _acting(
             f"InpaintModelConditioning or Set Latent Noise Mask, or connect a MASK to the {who} node."
         )
     hole = coverage(as_mask_batch(mask).to(noise.device), (noise.shape[-2], noise.shape[-1]))
-    return Acting(settings, repeat_to_batch(hole, noise.shape[0])) if bool(hole.any()) else None
+    return repeat_to_batch(hole, noise.shape[0])
 
 
-def _refuse_compiled(model_options: dict[str, Any]) -> None:
+def refuse_compiled(model_options: dict[str, Any]) -> None:
+    """Raises ValueError, in one sentence, for the options of a compiled model."""
     wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
     if "torch.compile" in wrappers:
         raise ValueError(
-            "PAIntA, RASG and Semantic Boundary read and edit attention while the model runs, which a compiled model does not "
-            "allow: take the TorchCompileModel node out of this graph, or the TrueFill nodes."
+            "PAIntA, RASG, Semantic Boundary and PILOT read and edit attention while the model runs, which a compiled model does "
+            "not allow: take the TorchCompileModel node out of this graph, or the TrueFill nodes."
         )
 
 
 @contextmanager
-def _conds_replaced(guider: Any, conds: dict[str, list[dict[str, Any]]]) -> Iterator[None]:
+def installed(run: GuidedRun, guider: Any, model_options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options with which the model takes part in `run`, and the guider's conditionings with what it has to know of them."""
+    options = run.install(create_model_options_clone(model_options))
+    options[RUN_KEY] = run
     original = guider.conds
-    guider.conds = conds
+    guider.conds = run.conds_with_chunks(original)
     try:
-        yield
+        yield options
     finally:
         guider.conds = original

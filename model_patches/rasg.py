@@ -7,19 +7,18 @@ takes the place of the noise in DDIM's step (equation 7).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import attention_pytorch
 
 from ..imaging.masks import hole_cells
 from .autograd import as_ordinary, full_precision, gradients_enabled
 from .chunks import Chunk
-from .unet import Place, TransformerPlace
+from .unet import Place, TransformerPlace, use_differentiable_attention
 
 FACTOR = 4
 """Latent cells per grid cell where attention is read: 1/32 of the picture."""
@@ -102,8 +101,7 @@ class RASGCall:
         patches = dict(transformer_options.get("patches", {}))
         patches["attn2_patch"] = [*patches.get("attn2_patch", []), self._read_scores]
         transformer_options["patches"] = patches
-        override = _differentiable(transformer_options.get("optimized_attention_override"))
-        transformer_options["optimized_attention_override"] = override
+        use_differentiable_attention(transformer_options)
 
     def _read_scores(
         self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
@@ -140,14 +138,3 @@ class RASGCall:
                 "--fp32-unet, or take the RASG node out."
             )
         return gradient / scale
-
-
-def _differentiable(earlier: Callable[..., torch.Tensor] | None) -> Callable[..., torch.Tensor]:
-    """An attention override for the part of a call that records a graph: fast kernels may have no backward pass."""
-
-    def attend(chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return attention_pytorch(*args, **kwargs)
-        return chosen(*args, **kwargs) if earlier is None else earlier(chosen, *args, **kwargs)
-
-    return attend

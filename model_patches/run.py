@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
@@ -21,7 +21,7 @@ from .chunks import CHUNKS_KEY, Chunk, ChunkCond
 from .painta import NeedsConditionalRows, PAIntA, PAIntACall, PAIntAState
 from .prompt_tokens import token_set_of
 from .rasg import RASG, RASGCall, normalized
-from .unet import TransformerPlace, transformer_places
+from .unet import TransformerPlace, transformer_places, use_differentiable_attention
 
 KEY = "TrueFill"
 """Key of our wrappers, and of the nodes' settings in `model_options`."""
@@ -37,27 +37,39 @@ class Acting(Generic[Method]):
     hole: torch.Tensor
 
 
+class Reader(Protocol):
+    """What reads the attention of the calls whose graph is recorded (see `GuidedRun.read_by`)."""
+
+    def install(
+        self, transformer_options: dict[str, Any], places: Sequence[TransformerPlace], chunks: Sequence[Chunk]
+    ) -> None:
+        """Adds its patches to the options of one call of the UNet."""
+
+
 class GuidedRun:
     """The state of one run, and the wrappers through which the host's calls reach it."""
 
     def __init__(
         self,
         model: Any,
-        painta: Acting[PAIntA] | None,
-        rasg: Acting[RASG] | None,
-        boundary: Acting[SemanticBoundary] | None,
+        latent: torch.Tensor,
+        painta: Acting[PAIntA] | None = None,
+        rasg: Acting[RASG] | None = None,
+        boundary: Acting[SemanticBoundary] | None = None,
     ):
-        """`model` is the host's loaded model; at least one of the methods acts."""
+        """`model` is the host's loaded model, and what is sampled has the shape of `latent`, [B, C, h, w]."""
         self._painta = painta and painta.settings
         self._painta_state = painta and PAIntAState(painta.hole)
         self._rasg = rasg and rasg.settings
         self._rasg_hole = rasg and rasg.hole
-        self._boundary = boundary and boundary.settings
-        self._boundary_state = boundary and BoundaryState(boundary.hole)
-        acting = [method for method in (painta, rasg, boundary) if method is not None]
-        self._batch, _, *size = acting[0].hole.shape
-        self._latent_size = (size[0], size[1])
-        self._in_window = {method.settings: _window(model.model_sampling, method.settings) for method in acting}
+        self._boundary: SemanticBoundary | None = None
+        self._boundary_state: BoundaryState | None = None
+        self._batch, self._latent_size = len(latent), (latent.shape[-2], latent.shape[-1])
+        self._model_sampling = model.model_sampling
+        acting = [method.settings for method in (painta, rasg) if method is not None]
+        self._in_window = {settings: _window(self._model_sampling, settings) for settings in acting}
+        if boundary is not None:
+            self.use_boundary(boundary)
         self._latent_channels = model.latent_format.latent_channels
         self._sigma = 0.0
         self._conditional_first = False
@@ -67,6 +79,8 @@ class GuidedRun:
         self._graph_on_cpu = False
         self._gradient: torch.Tensor | None = None
         self._ordinary_weights: set[int] = set()
+        self._reader: Reader | None = None
+        self._until_read = ExitStack()
 
     def conds_with_chunks(self, conds: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
         """The guider's conditionings, each with its role and token set attached. The given ones are not changed."""
@@ -109,6 +123,28 @@ class GuidedRun:
         """The sampler is about to evaluate the model: the gradient of the evaluation before is spent."""
         self._gradient = None
         self._gradient_due = self._rasg is not None and self._rasg.eta > 0
+
+    @property
+    def has_boundary(self) -> bool:
+        return self._boundary is not None
+
+    def use_boundary(self, boundary: Acting[SemanticBoundary]) -> None:
+        """From now on the boundary acts."""
+        self._boundary, self._boundary_state = boundary.settings, BoundaryState(boundary.hole)
+        self._in_window[boundary.settings] = _window(self._model_sampling, boundary.settings)
+
+    @contextmanager
+    def read_by(self, reader: Reader) -> Iterator[None]:
+        """Within it `reader` reads every call of the UNet, and a graph through the call can be recorded.
+
+        The backward pass belongs into it as well: blocks may run again there.
+        """
+        self._reader = reader
+        try:
+            with ExitStack() as self._until_read:
+                yield
+        finally:
+            self._reader = None
 
     def _noise(self, sampler: Any) -> stochastic.NoiseFactory:
         assert self._rasg is not None and self._rasg_hole is not None
@@ -209,16 +245,23 @@ class GuidedRun:
         if self._painta is not None and self._painta_state is not None and self._active(self._painta):
             call = PAIntACall(self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance)
             painta = call.installed(options)
+        if self._reader is not None:
+            self._until_read.enter_context(painta)
+            painta = nullcontext()
         with painta:
-            if not self._recording or self._rasg_hole is None:
-                return executor(x, timesteps, context, y, control, options, **kwargs)
+            arguments = (timesteps, context, y, control)
+            guided = self._recording and self._rasg_hole is not None
+            if self._reader is None and not guided:
+                return executor(x, *arguments, options, **kwargs)
             if id(unet) not in self._ordinary_weights:
                 with torch.inference_mode(False):
                     make_weights_ordinary(unet)
                 self._ordinary_weights.add(id(unet))
-            return self._guided_call(
-                executor, x, (timesteps, context, y, control), kwargs, options, places, chunks, others_write
-            )
+            if self._reader is None:
+                return self._guided_call(executor, x, arguments, kwargs, options, places, chunks, others_write)
+            self._reader.install(options, places, chunks)
+            use_differentiable_attention(options)
+            return executor(x, *as_ordinary(list(arguments)), options, **as_ordinary(kwargs))
 
     def _guided_call(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from comfy.ldm.modules.attention import (
     CrossAttention,
     SpatialTransformer,
     SpatialVideoTransformer,
+    attention_pytorch,
     optimized_attention,
 )
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
@@ -65,6 +66,18 @@ def attention(
         transformer_options=extra_options,
         **kwargs,
     )
+
+
+def use_differentiable_attention(transformer_options: dict[str, Any]) -> None:
+    """Overrides attention in a call's own options where a graph is recorded: fast kernels may have no backward pass."""
+    earlier = transformer_options.get("optimized_attention_override")
+
+    def attend(chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return attention_pytorch(*args, **kwargs)
+        return chosen(*args, **kwargs) if earlier is None else earlier(chosen, *args, **kwargs)
+
+    transformer_options["optimized_attention_override"] = attend
 
 
 def _layers(block: object) -> Iterable[torch.nn.Module]:

@@ -26,6 +26,7 @@ from ..imaging.masks import resize_mask
 from ..imaging.region import Region, check_pictures, stitch
 from ..imaging.region_plan import Box
 from ..imaging.super_resolution import Workplace, find_workplace, widened
+from .diffusion import Diffusion
 from .known import with_known
 from .tiles import with_tiles
 
@@ -33,16 +34,6 @@ MAX_NOISE_LEVEL = 350
 """The most noise on the small picture that the x4 upscaler knows."""
 _X4_FACTOR = 4
 _GIGABYTE = 1 << 30
-
-
-@dataclass(frozen=True, eq=False)
-class Diffusion:
-    """A model with what it is sampled with."""
-
-    model: Any
-    positive: Any
-    negative: Any
-    vae: Any
 
 
 @dataclass(frozen=True)

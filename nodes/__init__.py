@@ -16,6 +16,7 @@ from .mask import (
     TrueFillMaskShape,
 )
 from .region import TrueFillCropRegion, TrueFillFillHole
+from .sample import TrueFillPILOT, TrueFillPILOTSampler
 from .segment import TrueFillLoadSegmenter, TrueFillPoints, TrueFillSegment
 from .upscale import TrueFillBlendKnown, TrueFillUpscale
 
@@ -41,6 +42,8 @@ class TrueFillExtension(ComfyExtension):
             TrueFillPAIntA,
             TrueFillRASG,
             TrueFillSemanticBoundary,
+            TrueFillPILOTSampler,
+            TrueFillPILOT,
             TrueFillStitchRegion,
             TrueFillHarmonize,
             TrueFillUpscale,

@@ -1,14 +1,13 @@
 """Step 6, for large pictures: detail for a hole that was filled on a small one."""
 
-import logging
-
 from comfy.samplers import KSampler
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..imaging.harmonise import ColourMode, Harmony, Mode
+from ..model_patches.diffusion import Diffusion
 from ..model_patches.known import with_known
-from ..model_patches.upscale import MAX_NOISE_LEVEL, Diffusion, Layout, Sampling, upscale_hole
+from ..model_patches.upscale import MAX_NOISE_LEVEL, Layout, Sampling, upscale_hole
+from .announce import announcer
 from .finish import harmonise_inputs
 
 
@@ -170,15 +169,9 @@ class TrueFillUpscale(io.ComfyNode):
             Sampling(seed, steps, cfg, sampler_name, scheduler, noise_level, denoise),
             Layout(tile, overlap, expand),
             Harmony(harmonise, colour, band, mixed_gradients),
-            cls._announce,
+            announcer(cls.hidden.unique_id),
         )
         return io.NodeOutput(result)
-
-    @classmethod
-    def _announce(cls, text: str) -> None:
-        logging.info(text)
-        if cls.hidden.unique_id:
-            PromptServer.instance.send_progress_text(text, cls.hidden.unique_id)
 
 
 class TrueFillBlendKnown(io.ComfyNode):

@@ -417,29 +417,8 @@ class TestOtherPatches:
         assert_close(*results)
 
     def test_a_controlnet_on_the_same_model(self, scene: Scene) -> None:
-        import comfy.cldm.cldm
-        import comfy.controlnet
-        import comfy.ops
-
-        config = {
-            key: value
-            for key, value in scene.model.model_config.unet_config.items()
-            if key not in ("out_channels", "in_channels", "transformer_depth_output", "disable_unet_model_creation")
-        }
-        net = comfy.cldm.cldm.ControlNet(
-            **{**config, "in_channels": 4, "hint_channels": 3, "operations": comfy.ops.disable_weight_init}
-        )
-        generator = torch.Generator().manual_seed(11)
-        for parameter in net.parameters():
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-        cpu = torch.device("cpu")
-        control = comfy.controlnet.ControlNet(net, load_device=cpu, manual_cast_dtype=None)
-        hint = torch.rand(1, 8 * scene.size[0], 8 * scene.size[1], 3, generator=generator)
         plain = scene.host(scene.sigmas("simple", 3), both(scene.patcher))
-        positive, negative = host_nodes.ControlNetApplyAdvanced().apply_controlnet(
-            scene.positive, scene.negative, control, hint, 1.0, 0.0, 1.0
-        )
-        scene.positive, scene.negative = positive, negative
+        scene.add_controlnet()
         sigmas = scene.sigmas("simple", 3)
         guided = scene.host(sigmas, both(scene.patcher))
         assert guided.isfinite().all()

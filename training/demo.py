@@ -214,7 +214,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("stage", choices=[*DEFAULTS, "samples", "export"])
     parser.add_argument("--steps", type=positive, help="length of the run; " + listed("steps"))
     parser.add_argument(
-        "--restart", action="store_true", help="with more --steps than a run that has ended: its learning rate rises again"
+        "--restart",
+        action="store_true",
+        help="with more --steps than a run that has ended: its learning rate rises again",
     )
     parser.add_argument("--batch", type=positive, help="pictures in a step; " + listed("batch"))
     parser.add_argument("--learning-rate", type=float, help=listed("learning_rate"))

@@ -136,7 +136,7 @@ def literal_sample(
     noise_mask = None if noise_mask is None else noise_mask.double()
     schedule = [float(sigma) for sigma in sigmas]
     betas = training_betas() if betas is None else betas
-    z = _start(noise, latent, schedule[0], float(table[-1]))
+    z = start(noise, latent, schedule[0], float(table[-1]))
     run = Run(latent=z)
     for index, (sigma_t, sigma_s) in enumerate(itertools.pairwise(schedule)):
         abar_t, abar_s = alpha_bar(sigma_t), alpha_bar(sigma_s)
@@ -192,15 +192,19 @@ def literal_sample(
     return run
 
 
-def _start(noise: torch.Tensor, latent: torch.Tensor, sigma: float, sigma_max: float) -> torch.Tensor:
+def from_the_end(sigma: float, sigma_max: float) -> bool:
+    """Whether a schedule that begins with `sigma` begins at the last training timestep, whose sigma is `sigma_max`."""
+    return sigma > sigma_max or math.isclose(sigma, sigma_max, rel_tol=1e-5)
+
+
+def start(noise: torch.Tensor, latent: torch.Tensor, sigma: float, sigma_max: float) -> torch.Tensor:
     """The host's `noise_scaling` in the paper's coordinates.
 
     From the last training timestep: noise of variance 1, z = noise + sqrt(abar) latent. From any other:
     z = sqrt(1 - abar) noise + sqrt(abar) latent.
     """
     abar = alpha_bar(sigma)
-    from_the_end = sigma > sigma_max or math.isclose(sigma, sigma_max, rel_tol=1e-5)
-    return (1.0 if from_the_end else math.sqrt(1.0 - abar)) * noise + math.sqrt(abar) * latent
+    return (1.0 if from_the_end(sigma, sigma_max) else math.sqrt(1.0 - abar)) * noise + math.sqrt(abar) * latent
 
 
 def _predict(

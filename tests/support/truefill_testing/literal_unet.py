@@ -29,7 +29,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock,
 from comfy.ldm.modules.diffusionmodules.util import timestep_embedding  # noqa: E402
 
 RECORDED_FACTOR = 4
-"""Latent to level downsampling of the recorded cross-attentions: 1/32 of the image."""
+"""Latent to level downsampling of the cross-attentions that are recorded unless told otherwise: 1/32 of the image."""
 
 
 @dataclass
@@ -49,6 +49,7 @@ class _Forward:
     painta: Painta | None
     boundary: Boundary | None
     recorded: list[CrossScores]
+    recorded_factors: tuple[int, ...]
     factor: int = 1
 
 
@@ -70,11 +71,13 @@ def literal_unet(
     painta: Painta | None = None,
     boundary: Boundary | None = None,
     record: bool = False,
+    factors: tuple[int, ...] = (RECORDED_FACTOR,),
 ) -> torch.Tensor | tuple[torch.Tensor, list[CrossScores]]:
     """The UNet's output [B, 4, h, w] for x [B, channels, h, w], timesteps [B], context [B, L, C], ADM y [B, A].
 
-    With `record`, also the raw cross-attention scores of every transformer block at 1/32 of the image, in the order of
-    evaluation; the middle block is among them where it lies at 1/32 (SDXL), not where it lies at 1/64 (SD1.5, SD2).
+    With `record`, also the raw cross-attention scores of every transformer block on the levels that are the latent
+    downsampled by one of `factors`, in the order of evaluation. By default 1/32 of the image: the middle block is among
+    them where it lies at 1/32 (SDXL), not where it lies at 1/64 (SD1.5, SD2).
     The table of timestep embeddings is the host's own, float32: a rounding that belongs to the model.
     """
     embedding = timestep_embedding(timesteps, unet.model_channels).to(x.dtype)
@@ -83,7 +86,7 @@ def literal_unet(
         sequence = unet.label_emb[0]
         embedding = embedding + _linear(sequence[2], F.silu(_linear(sequence[0], y)))
 
-    forward = _Forward(context, painta, boundary, [])
+    forward = _Forward(context, painta, boundary, [], factors)
     skips = []
     h = x
     for index, block in enumerate(unet.input_blocks):
@@ -161,7 +164,7 @@ def _transformer_block(block, x, place: Place, grid, forward: _Forward):
 
     n = _layer_norm(block.norm2, x)
     scores = _scores(block.attn2, n, context)
-    if forward.factor == RECORDED_FACTOR:
+    if forward.factor in forward.recorded_factors:
         forward.recorded.append(CrossScores(place, grid, scores))
     x = x + _output(block.attn2, scores, context, forward.boundary, grid)
 

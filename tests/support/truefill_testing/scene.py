@@ -14,8 +14,13 @@ from .small_models import small_conditioning, small_model
 
 ensure_host()
 
+import comfy.cldm.cldm  # noqa: E402
+import comfy.controlnet  # noqa: E402
+import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
+
+from nodes import ControlNetApplyAdvanced  # noqa: E402
 
 TOKENS_KEY = "truefill_prompt_tokens"
 
@@ -112,13 +117,16 @@ class Scene:
         self,
         sigmas: torch.Tensor,
         model: Any = None,
-        sampler: str = "euler",
+        sampler: str | comfy.samplers.Sampler = "euler",
         cfg: float | None = None,
         sampler_options: dict[str, Any] | None = None,
+        callback: Any = None,
     ) -> torch.Tensor:
         """The host's own sampling, in inference mode as in a real run; the final latent in the model's scale."""
-        chosen = comfy.samplers.sampler_object(sampler)
-        chosen.extra_options = {**chosen.extra_options, **(sampler_options or {})}
+        chosen = sampler
+        if isinstance(sampler, str):
+            chosen = comfy.samplers.sampler_object(sampler)
+            chosen.extra_options = {**chosen.extra_options, **(sampler_options or {})}
         with torch.inference_mode():
             latent = comfy.sample.sample_custom(
                 self.patcher if model is None else model,
@@ -126,9 +134,31 @@ class Scene:
                 self.CFG if cfg is None else cfg,
                 chosen,
                 sigmas,
+                callback=callback,
                 **self.host_arguments(),
             )
         return latent.double() * self.scale
+
+    def add_controlnet(self) -> None:
+        """Puts a random ControlNet for the model's family, with a random picture, on both prompts."""
+        config = {
+            key: value
+            for key, value in self.model.model_config.unet_config.items()
+            if key not in ("out_channels", "in_channels", "transformer_depth_output", "disable_unet_model_creation")
+        }
+        # As the host loads one.
+        with torch.inference_mode():
+            net = comfy.cldm.cldm.ControlNet(
+                **{**config, "in_channels": 4, "hint_channels": 3, "operations": comfy.ops.disable_weight_init}
+            )
+            generator = torch.Generator().manual_seed(11)
+            for parameter in net.parameters():
+                parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            control = comfy.controlnet.ControlNet(net, load_device=torch.device("cpu"), manual_cast_dtype=None)
+        hint = torch.rand(1, 8 * self.size[0], 8 * self.size[1], 3, generator=generator)
+        self.positive, self.negative = ControlNetApplyAdvanced().apply_controlnet(
+            self.positive, self.negative, control, hint, 1.0, 0.0, 1.0
+        )
 
     def host_by_guider(self, guider: comfy.samplers.CFGGuider, sigmas: torch.Tensor) -> torch.Tensor:
         """As `host`, with a guider whose conditioning is set."""
