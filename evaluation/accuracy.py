@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import comfy.sample
+import comfy.samplers
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -21,6 +23,7 @@ from comfy_extras.nodes_mask import composite
 from ..model_patches.boundary import SemanticBoundary
 from ..model_patches.guidance import with_boundary, with_painta, with_rasg
 from ..model_patches.painta import PAIntA
+from ..model_patches.pilot import PILOT, pilot_sampler
 from ..model_patches.prompt_tokens import encode_prompt
 from ..model_patches.rasg import RASG
 from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, generator
@@ -29,13 +32,24 @@ from ..training.world.captions import local_caption
 from ..training.world.triplets import Triplet
 from ..weights.demo_model import FOLDER, load_demo_model
 from .judge import Judge
-from .metrics import background_error, seam_visibility
+from .metrics import background_change, background_error, seam_visibility
 
 # The host's module of that name; a plain import would look like one of the pack's folder.
 host_nodes = importlib.import_module("nodes")
 
 MODELS = {"9-channel": "inpainting", "4-channel": "text-to-image"}
 """The benchmark's names for the demo model's kinds."""
+
+
+_PILOT = PILOT(interval=2, iterations=5)
+PILOTS = {
+    "PILOT": _PILOT,
+    "PILOT L_bg": replace(_PILOT, coefficient=0.0, boundary=0.0),
+    "PILOT L_bg + L_sc": replace(_PILOT, boundary=0.0),
+    **{f"PILOT gamma {gamma:g}": replace(_PILOT, gamma=gamma) for gamma in (0.2, 0.4, 0.6, 0.8)},
+}
+"""PILOT for short schedules: every second step is optimised, with five iterations. Its parts as in the paper's ablation, and its
+coherence scale."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +64,18 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: which model, with PAIntA, with RASG of which eta, with a semantic boundary."""
+    """One row of the table: which model, with PAIntA, with RASG of which eta, with a semantic boundary, or one of PILOTS."""
 
     model: str
     painta: bool = False
     eta: float | None = None
     boundary: bool = False
+    pilot: str | None = None
 
     @property
     def name(self) -> str:
+        if self.pilot is not None:
+            return self.pilot
         parts = ["PAIntA"] * self.painta + ["RASG"] * (self.eta is not None) + ["SBC"] * self.boundary
         return " + ".join(parts) or "plain"
 
@@ -73,10 +90,12 @@ class Outcome:
     seconds: float
     background_error: float = 0.0
     seam: float = float("nan")
+    change_before: float = float("nan")
+    """The background's mean change before the original is put back, in levels of 255."""
 
 
 def methods(models: list[str], etas: list[float]) -> list[Method]:
-    """Plain, + PAIntA, + RASG and + both, + SBC for each model; those with RASG for each eta."""
+    """Plain, + PAIntA, + RASG and + both, + SBC, PILOT for each model that can; those with RASG for each eta."""
     return [
         method
         for model in models
@@ -86,6 +105,7 @@ def methods(models: list[str], etas: list[float]) -> list[Method]:
             *(Method(model, eta=eta) for eta in etas),
             *(Method(model, painta=True, eta=eta) for eta in etas),
             Method(model, boundary=True),
+            *(Method(model, pilot=name) for name in PILOTS if model == "4-channel"),
         )
     ]
 
@@ -149,22 +169,54 @@ def prepare(models: Models, model: str, triplet: Triplet) -> Task:
     return Task(triplet, model, pixels, hole, conditions, time.perf_counter() - started)
 
 
-def fill(models: Models, method: Method, task: Task, seed: int, sampling: Sampling) -> torch.Tensor:
-    """The finished picture [1, H, W, 3] of a triplet that was prepared for the method's model."""
+def make(models: Models, method: Method, task: Task, seed: int, sampling: Sampling) -> torch.Tensor:
+    """What the model draws, [1, H, W, 3], for a triplet that was prepared for the method's model: the background too."""
     model, _, vae = models[method.model]
     with torch.inference_mode():
-        (latent,) = host_nodes.common_ksampler(
-            patched(model, method),
-            seed,
-            sampling.steps,
-            sampling.cfg,
-            sampling.sampler,
-            sampling.scheduler,
-            *task.conditions,
-            denoise=1.0,
-        )
-        made = vae.decode(latent["samples"]).float().cpu()
-        return composite(task.pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, task.hole, 1).movedim(1, -1)
+        if method.pilot is not None:
+            latent = _sample_pilot(model, PILOTS[method.pilot], task, seed, sampling)
+        else:
+            (latent,) = host_nodes.common_ksampler(
+                patched(model, method),
+                seed,
+                sampling.steps,
+                sampling.cfg,
+                sampling.sampler,
+                sampling.scheduler,
+                *task.conditions,
+                denoise=1.0,
+            )
+        return vae.decode(latent["samples"]).float().cpu()
+
+
+def _sample_pilot(model: ModelPatcher, settings: PILOT, task: Task, seed: int, sampling: Sampling) -> dict[str, Any]:
+    positive, negative, latent = task.conditions
+    model_sampling = model.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(model_sampling, sampling.scheduler, sampling.steps)
+    made = comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(latent["samples"], seed),
+        sampling.cfg,
+        pilot_sampler(settings, lambda text: None),
+        sigmas,
+        positive,
+        negative,
+        latent["samples"],
+        noise_mask=latent["noise_mask"],
+        disable_pbar=True,
+        seed=seed,
+    )
+    return {"samples": made}
+
+
+def finish(task: Task, made: torch.Tensor) -> torch.Tensor:
+    """The picture [1, H, W, 3] with what was made in its hole."""
+    return composite(task.pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, task.hole, 1).movedim(1, -1)
+
+
+def fill(models: Models, method: Method, task: Task, seed: int, sampling: Sampling) -> torch.Tensor:
+    """The finished picture [1, H, W, 3] of a triplet that was prepared for the method's model."""
+    return finish(task, make(models, method, task, seed, sampling))
 
 
 def attempt(
@@ -172,7 +224,8 @@ def attempt(
 ) -> tuple[Outcome, torch.Tensor]:
     """Fill a triplet and judge the picture [1, H, W, 3]. The noise depends on its index alone."""
     started = time.perf_counter()
-    result = fill(models, method, task, index, sampling)
+    made = make(models, method, task, index, sampling)
+    result = finish(task, made)
     seconds = task.seconds + time.perf_counter() - started
     pixels, scene, hole = result.movedim(-1, 1), task.pixels.movedim(-1, 1), task.hole[:, None]
     seen = judge.in_hole(pixels[0], hole[0, 0])
@@ -185,6 +238,7 @@ def attempt(
             seconds,
             background_error(pixels, scene, hole),
             float(seam_visibility(pixels, scene, hole)),
+            background_change(made.movedim(-1, 1), scene, hole),
         ),
         result,
     )

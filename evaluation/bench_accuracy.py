@@ -1,9 +1,10 @@
-"""Generation accuracy, background change, seams and time of plain inpainting, PAIntA, RASG, both, and SBC, on the demo model.
+"""Generation accuracy, background change, seams and time of plain inpainting, PAIntA, RASG, SBC and PILOT on the demo model.
 
 HD-Painter's measure (section 4.2) on a world in which it costs nothing: for triplets of a scene, a hole and a prompt that the
 scene does not suggest, does a classifier find the asked-for shape and colour in the hole? Every picture is made by the host's
 nodes in the order of the shipped graphs, with the same noise for every method. Intervals are 95 %: Wilson's for accuracy, the
 normal approximation for the rest and for the paired difference to plain. The triplets come from seeds that no training saw.
+"before" is how much the background changes before the original's is put back.
 
     python dev.py bench accuracy [--triplets 500] [--seed 0] [--json FILE] [--grid FILE.png]
     python dev.py bench accuracy --split dev --triplets 200 --etas 0.01 0.03 0.1 0.25      # to choose the default eta on
@@ -38,7 +39,8 @@ from truefill_testing.host import ensure_host, pack_module  # noqa: E402
 
 # HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
 PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
-METHODS = (*PAPER, "SBC")
+PILOTS = ("PILOT", "PILOT L_bg", "PILOT L_bg + L_sc", *(f"PILOT gamma {gamma}" for gamma in (0.2, 0.4, 0.6, 0.8)))
+METHODS = (*PAPER, "SBC", *PILOTS)
 MODELS = ("9-channel", "4-channel")
 GRID_TRIPLETS = 8
 LOG_LINES = 15
@@ -52,7 +54,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="number of the first triplet (default: 0)")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(PAPER), help="default: all but SBC")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(PAPER), help="default: those of HD-Painter"
+    )
     parser.add_argument("--etas", type=float, nargs="+", help="etas for RASG (default: the node's)")
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
@@ -256,6 +260,9 @@ def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]
         "seam_ci95": (low, high),
         "paper": PAPER.get(method.name),
     }
+    changes = [outcome["change_before"] for outcome in found if "change_before" in outcome]
+    if len(changes) == count:
+        row["background_before"] = sum(changes) / count
     if plain is not None and plain is not found:
         pairs = zip(found, plain, strict=True)
         gain, low, high = metrics.mean_interval(
@@ -295,6 +302,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         shown["background"] = f"{row['background_max_error']:g}"
         shown["seam"] = f"{row['seam']:.2f} ({low:.2f} to {high:.2f})"
         shown["paper"] = "" if row["paper"] is None else f"{row['paper']:.1f}"
+    if "background_before" in row:
+        shown["before"] = f"{row['background_before']:.1f}"
     return shown | {"seconds": f"{row['seconds']:.2f}"}
 
 

@@ -38,6 +38,12 @@ def background_error(result: torch.Tensor, scene: torch.Tensor, hole: torch.Tens
     return 255.0 * float((result - scene)[known].abs().max()) if bool(known.any()) else 0.0
 
 
+def background_change(made: torch.Tensor, scene: torch.Tensor, hole: torch.Tensor) -> float:
+    """The mean absolute difference outside of the hole, in levels of 255; NaN where all is hole. Arguments as above."""
+    known = (hole == 0).expand_as(made)
+    return 255.0 * float((made - scene)[known].abs().mean())
+
+
 def seam_visibility(result: torch.Tensor, scene: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
     """How much steeper a picture is across the hole's edge than the untouched scene there, in levels of 255: [B].
 

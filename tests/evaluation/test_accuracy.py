@@ -46,10 +46,27 @@ def test_a_filled_triplet_is_the_scene_outside_of_the_hole(model, weights):
     assert not torch.equal(plain, accuracy.fill(models, accuracy.Method(model), task, 1, QUICK))
 
 
+def test_pilot_fills_a_triplet(weights):
+    models = accuracy.Models(weights)
+    triplet = triplets.make_triplet("dev", 0)
+    task = accuracy.prepare(models, "4-channel", triplet)
+    known = torch.from_numpy(~triplet.hole)
+    made = [accuracy.make(models, accuracy.Method("4-channel", pilot=name), task, 0, QUICK) for name in accuracy.PILOTS]
+    for picture in made:
+        finished = accuracy.finish(task, picture)
+        assert torch.equal(finished[0][known], task.pixels[0][known])
+    # Every row is a way of its own.
+    assert all(not torch.equal(made[0], other) for other in made[1:])
+    assert torch.equal(made[0], accuracy.make(models, accuracy.Method("4-channel", pilot="PILOT"), task, 0, QUICK))
+
+
 def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch, weights):
     triplet = triplets.make_triplet("dev", 3)
     task = accuracy.prepare(accuracy.Models(weights), "9-channel", triplet)
-    monkeypatch.setattr(accuracy, "fill", lambda *_: accuracy.as_image(triplet.scene.picture) + 0.0)
+    # What is made differs from the scene in the background alone.
+    made = accuracy.as_image(triplet.scene.picture)
+    shifted = torch.where(torch.from_numpy(triplet.hole)[None, ..., None], made, (made + 0.6) % 1.0)
+    monkeypatch.setattr(accuracy, "make", lambda *_: shifted.clone())
     seen = judges.Seen(triplet.shape, triplet.colour)
 
     class Says:
@@ -61,6 +78,9 @@ def test_an_outcome_is_what_the_judge_says_of_the_picture(monkeypatch, weights):
     assert outcome.right and not outcome.empty
     assert outcome.seconds > task.seconds > 0.0
     assert outcome.background_error == 0.0 and outcome.seam == 0.0 and picture.shape == (1, 256, 256, 3)
+    known = torch.from_numpy(~triplet.hole)
+    change = 255 * float((shifted - made)[0][known].abs().mean())
+    assert change > 50 and outcome.change_before == pytest.approx(change, rel=1e-5)
     seen = judges.Seen(None, triplet.colour)
     outcome, _ = accuracy.attempt({}, accuracy.Method("9-channel"), task, 3, QUICK, Says())
     assert not outcome.right and outcome.empty

@@ -14,6 +14,7 @@ from PIL import Image
 from truefill_testing.host import pack_module
 
 curves = pack_module("training.curves")
+export = pack_module("training.export")
 latents = pack_module("training.latents")
 loop = pack_module("training.loop")
 narrow_taesd = pack_module("training.narrow_taesd")
@@ -240,6 +241,32 @@ def test_a_run_may_become_longer_until_it_slows_down(tmp_path):
     loop.Trainer(make_task("classifier"), settings, tmp_path / "late", CPU).train(lambda: next(calls) >= 8)
     with pytest.raises(ValueError, match="has steps 8, this one 12"):
         loop.Trainer(make_task("classifier"), replace(settings, steps=12), tmp_path / "late", CPU)
+
+
+def test_a_run_that_has_ended_can_be_restarted_and_says_so(tmp_path):
+    settings = replace(SETTINGS, steps=8, warm_up=1)
+    longer = replace(settings, steps=12)
+    loop.Trainer(make_task("classifier"), settings, tmp_path, CPU).train()
+    with pytest.raises(ValueError, match="has steps 8, this one 12"):
+        loop.Trainer(make_task("classifier"), longer, tmp_path, CPU)
+    calls = itertools.count()
+    again = loop.Trainer(make_task("classifier"), longer, tmp_path, CPU, restart=True)
+    assert again.step == 8
+    assert loop.learning_rate_at(8, longer) == settings.learning_rate > loop.learning_rate_at(7, settings)
+    assert not again.train(lambda: next(calls) >= 2)
+    # What was restarted is resumed like any other run.
+    resumed = loop.Trainer(make_task("classifier"), longer, tmp_path, CPU)
+    assert resumed.train() and resumed.restarts == [8]
+    record = export._record(tmp_path)
+    assert (record["restarts"], record["trained_steps"], record["steps"]) == ([8], 12, 12)
+
+
+def test_a_run_that_has_not_ended_is_not_restarted(tmp_path):
+    settings = replace(SETTINGS, steps=16, warm_up=1)
+    calls = itertools.count()
+    loop.Trainer(make_task("classifier"), settings, tmp_path, CPU).train(lambda: next(calls) >= 14)
+    with pytest.raises(ValueError, match="has steps 16, this one 24"):
+        loop.Trainer(make_task("classifier"), replace(settings, steps=24), tmp_path, CPU, restart=True)
 
 
 def test_a_run_leaves_its_record(tmp_path):
