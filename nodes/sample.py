@@ -108,10 +108,21 @@ def _pilot(
     momentum: float,
     coefficient: float,
     boundary: float,
+    memory: Memory,
     mask: io.Mask.Type | None = None,
 ) -> PILOT:
-    gamma = _COHERENCE.get(preset, coherence)
-    return PILOT(gamma, interval, iterations, learning_rate, first_learning_rate, momentum, coefficient, boundary, mask)
+    return PILOT(
+        _COHERENCE.get(preset, coherence),
+        interval,
+        iterations,
+        learning_rate,
+        first_learning_rate,
+        momentum,
+        coefficient,
+        boundary,
+        memory,
+        mask,
+    )
 
 
 _ALIASES = ["pilot", "latent optimization", "latent optimisation", "inpaint with any model", "blended diffusion"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from devtools.server import Server
 from truefill_testing.host import ROOT, host_path, pack_module
-from truefill_testing.stand_ins import ANYTHING, SMALL_SAM3, place_stand_ins
+from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, SMALL_SAM3, place_stand_ins
 
 pytestmark = pytest.mark.browser
 
@@ -46,6 +46,10 @@ def changes(mode: str, name: str) -> dict[str, dict[str, Any]]:
         "TrueFillMaskFromText": ANYTHING,
         "SAM3_Detect": {"threshold": 0.0},
         "TrueFillUpscale": {"steps": STEPS - 1, "tile": 0},
+        "TrueFillPILOT": {**SHORT_PILOT, "steps": STEPS, "seed": SEEDS[mode]},
+        "TrueFillPILOTSampler": SHORT_PILOT,
+        "BasicScheduler": {"steps": STEPS},
+        "SamplerCustom": {"noise_seed": SEEDS[mode]},
     }
     present = {node["class_type"] for node in api_graph(name).values()}
     return {node_type: widgets for node_type, widgets in wanted.items() if node_type in present}

@@ -18,7 +18,7 @@ from PIL import Image
 from devtools.client import Client
 from devtools.server import Server
 from truefill_testing.host import ROOT, host_path
-from truefill_testing.stand_ins import ANYTHING, THE_MOON, place_stand_ins
+from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, THE_MOON, place_stand_ins
 
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -131,6 +131,13 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
         search |= ANYTHING
     for search in every(graph, "SAM3_Detect"):
         search["threshold"] = 0.0
+    for schedule in every(graph, "BasicScheduler"):
+        schedule["steps"] = 2
+    for sampler in every(graph, "TrueFillPILOTSampler"):
+        sampler |= SHORT_PILOT
+    pilots = every(graph, "TrueFillPILOT")
+    for pilot in pilots:
+        pilot |= SHORT_PILOT | {"steps": 2}
     crops, upscalers = every(graph, "TrueFillCropRegion"), every(graph, "TrueFillUpscale")
     for crop in crops:
         crop["native_size"] = 256
@@ -141,6 +148,8 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
     edits += [(upscaler["mask"], upscaler["expand"]) for upscaler in upscalers]
     if crops:
         original = crops[0]["image"]
+    elif pilots:
+        original, edits = pilots[0]["image"], [(pilots[0]["mask"], pilots[0]["feather"] + 1)]
     else:
         composites = every(graph, "ImageCompositeMasked")
         original, edits = composites[0]["destination"], [(composites[0]["mask"], 0)]

@@ -118,7 +118,22 @@ def _unet_entries(family: str, inpainting: bool) -> Iterator[Entry]:
         device="meta",
         operations=comfy.ops.disable_weight_init,
     )
-    for name, tensor in unet.state_dict().items():
+    yield from _network_entries(unet, "model.diffusion_model.")
+
+
+def _controlnet_entries(family: str) -> Iterator[Entry]:
+    import comfy.cldm.cldm
+    import comfy.ops
+
+    config = _unet_config(family, 4)
+    for name in ("out_channels", "transformer_depth_output"):
+        del config[name]
+    net = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, device="meta", operations=comfy.ops.disable_weight_init)
+    yield from _network_entries(net, "control_model.")
+
+
+def _network_entries(network: torch.nn.Module, prefix: str) -> Iterator[Entry]:
+    for name, tensor in network.state_dict().items():
         shape = tuple(tensor.shape)
         if len(shape) > 1:
             # Sharper queries and keys than torch's default, whose attention is nearly uniform, so that prompts
@@ -129,7 +144,7 @@ def _unet_entries(family: str, inpainting: bool) -> Iterator[Entry]:
             fill = _ones
         else:
             fill = None
-        yield Entry(f"model.diffusion_model.{name}", shape, fill)
+        yield Entry(prefix + name, shape, fill)
 
 
 _LAST_LAYERS = {"taesd_encoder.14.weight": 10.0, "taesd_decoder.19.weight": 0.06}
@@ -225,8 +240,8 @@ def _text_entries(family: str) -> Iterator[Entry]:
         yield from _open_clip_entries("conditioner.embedders.1.model.", 1280, 32)
 
 
-def _write(path: Path, entries: list[Entry], seed: int) -> None:
-    """Write a half-precision safetensors file in which all-zero tensors are holes."""
+def _write(path: Path, entries: list[Entry], seed: int) -> Path:
+    """Write a half-precision safetensors file in which all-zero tensors are holes. It appears complete or not at all."""
     header, offset = {}, 0
     for entry in entries:
         size = 2 * math.prod(entry.shape)
@@ -235,14 +250,21 @@ def _write(path: Path, entries: list[Entry], seed: int) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     generator = torch.Generator().manual_seed(seed)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        start = file.tell()
-        for entry in entries:
-            if entry.fill is not None:
-                file.seek(start + header[entry.name]["data_offsets"][0])
-                file.write(entry.fill(entry.shape, generator).half().numpy().tobytes())
-        file.truncate(start + offset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            start = file.tell()
+            for entry in entries:
+                if entry.fill is not None:
+                    file.seek(start + header[entry.name]["data_offsets"][0])
+                    file.write(entry.fill(entry.shape, generator).half().numpy().tobytes())
+            file.truncate(start + offset)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
 
 
 def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int = 0) -> Path:
@@ -252,14 +274,23 @@ def write_checkpoint(path: str | Path, family: str, inpainting: bool, seed: int 
     """
     if family not in FAMILIES:
         raise ValueError(f"There is no checkpoint family {family!r}; choose one of {', '.join(FAMILIES)}.")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     vae = _x4_vae_entries() if family == "x4" else _vae_entries()
-    entries = [*_unet_entries(family, inpainting), *_text_entries(family), *vae]
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        _write(partial, entries, seed)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+    return _write(Path(path), [*_unet_entries(family, inpainting), *_text_entries(family), *vae], seed)
+
+
+def write_controlnet(path: Path, seed: int = 0) -> Path:
+    """Write a random ControlNet that goes with "sd15", under the names of the released ones."""
+    return _write(path, list(_controlnet_entries("sd15")), seed)
+
+
+def write_lora(path: Path, seed: int = 0) -> Path:
+    """Write a random LoRA of rank 2 for two layers of "sdxl" that each attend to the text, under kohya's names."""
+    entries = []
+    for block in ("input_blocks_4_1", "output_blocks_4_1"):
+        name = f"lora_unet_{block}_transformer_blocks_0_attn2_to_q"
+        entries += [
+            Entry(f"{name}.alpha", (), _constant(2.0)),
+            Entry(f"{name}.lora_down.weight", (2, 320), _normal(0.3)),
+            Entry(f"{name}.lora_up.weight", (320, 2), _normal(0.3)),
+        ]
+    return _write(path, entries, seed)

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from truefill_testing.checkpoints import checkpoint
-from truefill_testing.host import ROOT, pack_module
+from truefill_testing.host import ROOT, ensure_host, pack_module
 
 CHECKPOINTS = {
     "sd-v1-5-inpainting.safetensors": ("sd15", True),
     "512-inpainting-ema.safetensors": ("sd2", True),
     "sd_xl_base_1.0.safetensors": ("sdxl", False),
+    "v1-5-pruned-emaonly-fp16.safetensors": ("sd15", False),
     "x4-upscaler-ema.safetensors": ("x4", False),
 }
 """Family and whether it is an inpainting model."""
@@ -21,6 +22,8 @@ ANYTHING = {"threshold": 0.0, "pick": "best", "smallest": 4.0, "largest": 30.0}
 """Settings of Mask From Text with which a detector that has learned nothing finds something."""
 THE_MOON = {"include": '[{"x":45,"y":80}]', "exclude": ""}
 """Settings of Segment that mean something to the segmenter in the toy scene, all that it has learned to see."""
+SHORT_PILOT = {"preset": "text", "interval": 2, "iterations": 1}
+"""Settings of PILOT's nodes with which two steps take three passes."""
 SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
 """A pack for the server: without it the host would wait for layers that the file does not have."""
 
@@ -43,7 +46,23 @@ def _write_segmenter(path: Path) -> None:
     torch.save(load_file(demo.FOLDER / demo.SEGMENTER_FILE), path)
 
 
+def _write_controlnet(path: Path) -> None:
+    ensure_host()
+    from truefill_testing.random_checkpoints import write_controlnet
+
+    write_controlnet(path)
+
+
+def _write_lora(path: Path) -> None:
+    ensure_host()
+    from truefill_testing.random_checkpoints import write_lora
+
+    write_lora(path)
+
+
 _WRITTEN = {
+    "controlnet/control_v11p_sd15_canny_fp16.safetensors": _write_controlnet,
+    "loras/papercut.safetensors": _write_lora,
     "checkpoints/sam3.1_multiplex_fp16.safetensors": _write_sam3,
     "grounding-dino/groundingdino_swint_ogc.pth": _write_detector,
     "sams/sam_vit_b_01ec64.pth": _write_segmenter,
