@@ -46,7 +46,8 @@ def inpaint(
     edge of so many pixels outside of the hole. Sizes that the VAE cannot take are filled up at the right and the bottom.
 
     Returns the latents [B, C, h, w] as VAE Encode gives them, and the pictures: the originals bit for bit where neither the
-    hole nor its edge is. Raises ValueError for counts that don't go together and as `PILOTSampler.sample`.
+    hole nor its edge is. Without any hole nothing is sampled. Raises ValueError for counts that don't go together and as
+    `PILOTSampler.sample`.
     """
     check_pictures(pictures, "The picture")
     count = max(len(pictures), len(mask))
@@ -66,6 +67,9 @@ def inpaint(
     # The host's loader may replace weights while a graph needs them.
     model = diffusion.model.clone(disable_dynamic=True)
     latent = comfy.sample.fix_empty_latent_channels(model, vae.encode(filled_up))
+    if not bool(hole.any()):
+        announce("PILOT: the mask has no hole, so the picture stays as it is.")
+        return latent, pictures
     sigmas = comfy.samplers.calculate_sigmas(
         model.get_model_object("model_sampling"), sampling.scheduler, sampling.steps
     )

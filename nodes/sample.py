@@ -92,8 +92,8 @@ def _pilot_inputs() -> list[io.Input]:
             options=list(get_args(Memory)),
             default="auto",
             advanced=True,
-            tooltip="record: keeps all that the backward pass needs. recompute: keeps little and computes the rest again, some "
-            "1.4 times slower. auto: recompute where memory is short.",
+            tooltip="record: keeps all that the backward pass needs. recompute: keeps little and computes the rest again, which "
+            "is slower. auto: recompute where memory is short.",
         ),
     ]
 

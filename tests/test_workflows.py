@@ -27,6 +27,8 @@ LOADERS = {
     "CheckpointLoaderSimple": "checkpoints",
     "TrueFillLoadSegmenter": "sams",
     "TrueFillLoadDetector": "grounding-dino",
+    "ControlNetLoader": "controlnet",
+    "LoraLoader": "loras",
 }
 SHIPPED = "demo"
 
