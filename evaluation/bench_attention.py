@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -29,95 +27,21 @@ from truefill_testing.host import ensure_host, pack_module  # noqa: E402
 
 ensure_host()
 
-import comfy.model_base  # noqa: E402
 import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
-import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
-import comfy.supported_models  # noqa: E402
 import torch  # noqa: E402
 
 guidance = pack_module("model_patches.guidance")
-PeakMemory = pack_module("evaluation.memory").PeakMemory
+full_size = pack_module("evaluation.full_size")
 PAIntA = pack_module("model_patches.painta").PAIntA
 RASG = pack_module("model_patches.rasg").RASG
 SemanticBoundary = pack_module("model_patches.boundary").SemanticBoundary
 
-MIB = 2**20
-SD15 = {
-    "image_size": 32,
-    "in_channels": 9,
-    "out_channels": 4,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": (1, 2, 4, 4),
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "transformer_depth_middle": 1,
-    "num_heads": 8,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": False,
-    "legacy": False,
-    "context_dim": 768,
-    "adm_in_channels": None,
-}
+EULER = comfy.samplers.sampler_object("euler")
 
 
-def full_size_model(device: torch.device, dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
-    config = comfy.supported_models.SD15(dict(SD15))
-    config.set_inference_dtype(dtype, None)
-    with torch.device(device):
-        model = comfy.model_base.BaseModel(config)
-    model.set_inpaint()
-    generator = torch.Generator(device).manual_seed(0)
-    for parameter in model.diffusion_model.parameters():
-        bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
-        parameter.data.uniform_(-bound, bound, generator=generator)
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
-
-
-class Scene:
-    """One picture of `size` pixels with a square hole of a quarter of its area, and two prompts."""
-
-    def __init__(self, size: int, device: torch.device):
-        cells = size // 8
-        generator = torch.Generator().manual_seed(1)
-        self.latent = torch.randn(1, 4, cells, cells, generator=generator)
-        self.noise = torch.randn(1, 4, cells, cells, generator=generator)
-        self.hole = torch.zeros(1, 1, cells, cells)
-        quarter = cells // 4
-        self.hole[..., quarter : cells - quarter, quarter : cells - quarter] = 1.0
-        tokens = torch.zeros(1, 77, dtype=torch.bool)
-        tokens[0, 1:6] = True
-        self.sides = []
-        for _ in range(2):
-            options = {
-                "pooled_output": torch.randn(1, 768, generator=generator),
-                "concat_latent_image": self.latent,
-                "concat_mask": self.hole,
-                "truefill_prompt_tokens": tokens,
-            }
-            self.sides.append([[torch.randn(1, 77, 768, generator=generator), options]])
-
-    def step(self, model: comfy.model_patcher.ModelPatcher, sampler: str = "euler") -> None:
-        """One step of the host's sampler at CFG 7.5, where PAIntA is on."""
-        sigmas = torch.tensor([10.0, 8.0])
-        comfy.sample.sample_custom(
-            model,
-            self.noise,
-            7.5,
-            comfy.samplers.sampler_object(sampler),
-            sigmas,
-            self.sides[0],
-            self.sides[1],
-            self.latent,
-            noise_mask=self.hole,
-            disable_pbar=True,
-            seed=0,
-        )
-
-
-def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Scene) -> None:
+def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> None:
     """One step of PAIntA with the whole score matrix of each head, multiplied and softmaxed in the open."""
     relevance = pack_module("model_patches.painta").prompt_relevance
     hole_cells = pack_module("imaging.masks").hole_cells
@@ -151,10 +75,10 @@ def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Scene) -
                 keep = partial(lambda place, _, args: inputs.update({place: args[0]}), t.place)
                 hooks.callback(t.module.norm1.register_forward_pre_hook(keep).remove)
                 model.set_model_attn1_replace(attend(t), t.place[0], t.place[1], t.place[2])
-        scene.step(model)
+        scene.sample(model, EULER)
 
 
-def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Scene) -> None:
+def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> None:
     """One RASG step as released: whole graph, both halves, weights that require gradients; then Euler's step."""
     attention_score = pack_module("model_patches.rasg").attention_score
     hole_cells = pack_module("imaging.masks").hole_cells
@@ -189,28 +113,17 @@ def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Scene) -> 
             handle.remove()
 
 
-def measure(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Seconds and MiB of one step."""
-    with PeakMemory(device) as memory:
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return seconds, memory.bytes / MIB
-
-
-def variants(model: Any, scene: Scene, literal: bool) -> dict[str, Callable[[], None]]:
+def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], None]]:
     painta = guidance.with_painta(model, PAIntA())
     boundary = guidance.with_boundary(model, SemanticBoundary())
     rasg = guidance.with_rasg(model, RASG())
     both = guidance.with_rasg(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
-        "plain": lambda: scene.step(model),
-        "PAIntA": lambda: scene.step(painta),
-        "RASG": lambda: scene.step(rasg),
-        "PAIntA + RASG": lambda: scene.step(both),
-        "SBC": lambda: scene.step(boundary),
+        "plain": lambda: scene.sample(model, EULER),
+        "PAIntA": lambda: scene.sample(painta, EULER),
+        "RASG": lambda: scene.sample(rasg, EULER),
+        "PAIntA + RASG": lambda: scene.sample(both, EULER),
+        "SBC": lambda: scene.sample(boundary, EULER),
     }
     if literal:
         rows["literal RASG"] = lambda: literal_rasg_step(model, scene)
@@ -222,14 +135,14 @@ def measure_size(
     model: Any, size: int, literal: bool, rounds: int, warm_up: bool, device: torch.device, only: list[str] | None
 ) -> list[dict[str, Any]]:
     """Median time and memory of the variants at one size, and their ratios to the plain step."""
-    rows = variants(model, Scene(size, device), literal)
+    rows = variants(model, full_size.Scene(size, device), literal)
     rows = {name: step for name, step in rows.items() if only is None or name == "plain" or name in only}
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     memory: dict[str, list[float]] = {name: [] for name in rows}
     for round_ in range(0 if warm_up else 1, rounds + 1):
         for name, step in rows.items():
             with torch.inference_mode(name != "literal RASG"):
-                taken, grown = measure(step, device)
+                taken, grown = full_size.measure(step, device)
             if round_ > 0:
                 seconds[name].append(taken)
                 memory[name].append(grown)
@@ -245,12 +158,6 @@ def measure_size(
         }
         for name in rows
     ]
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -271,8 +178,10 @@ def main() -> None:
     dtype = torch.float16 if cuda else torch.float32
     sizes = options.sizes or ([256, 512, 1024, 2048] if cuda else [256, 512])
     literal_up_to = options.literal_up_to if options.literal_up_to is not None else (512 if cuda else 256)
-    print(f"{machine(device)}, {str(dtype).removeprefix('torch.')}; one CFG step of a full-depth SD1.5-inpainting UNet")
-    model = full_size_model(device, dtype)
+    print(
+        f"{full_size.machine(device)}, {str(dtype).removeprefix('torch.')}; one CFG step of a full-depth SD1.5-inpainting UNet"
+    )
+    model = full_size.full_size_model(device, dtype, inpainting=True)
     results = []
     print(f"{'pixels':>6}  {'variant':<15} {'seconds':>9} {'x plain':>8} {'MiB':>9} {'x plain':>8}", flush=True)
     for size in sizes:
@@ -287,7 +196,7 @@ def main() -> None:
             )
     if options.json:
         options.json.write_text(
-            json.dumps({"machine": machine(device), "dtype": str(dtype), "rows": results}, indent=1)
+            json.dumps({"machine": full_size.machine(device), "dtype": str(dtype), "rows": results}, indent=1)
         )
 
 

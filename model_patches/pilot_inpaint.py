@@ -77,7 +77,7 @@ def inpaint(
         model,
         comfy.sample.prepare_noise(latent, sampling.seed),
         sampling.cfg,
-        pilot_sampler(replace(settings, mask=F.pad((hole > 0).float(), missing)), announce),
+        pilot_sampler(replace(settings, mask=F.pad((hole > 0).float(), missing, mode="replicate")), announce),
         sigmas,
         diffusion.positive,
         diffusion.negative,

@@ -1,0 +1,116 @@
+"""A full-depth Stable Diffusion UNet with random weights, and a picture for it: for benchmarks of time and memory."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+
+import comfy.model_base
+import comfy.model_patcher
+import comfy.sample
+import comfy.samplers
+import comfy.supported_models
+import torch
+
+from .memory import PeakMemory
+
+MIB = 2**20
+SD15 = {
+    "image_size": 32,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": (1, 2, 4, 4),
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "num_heads": 8,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "legacy": False,
+    "context_dim": 768,
+    "adm_in_channels": None,
+}
+
+
+def full_size_model(device: torch.device, dtype: torch.dtype, inpainting: bool) -> comfy.model_patcher.ModelPatcher:
+    """SD1.5's UNet, 860 million weights; 9 channels in if `inpainting`, else 4."""
+    config = comfy.supported_models.SD15({**SD15, "in_channels": 9 if inpainting else 4})
+    config.set_inference_dtype(dtype, None)
+    with torch.device(device):
+        model = comfy.model_base.BaseModel(config)
+    if inpainting:
+        model.set_inpaint()
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in model.diffusion_model.parameters():
+        bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        parameter.data.uniform_(-bound, bound, generator=generator)
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+class Scene:
+    """One picture of `size` pixels with a square hole of a quarter of its area, and two prompts."""
+
+    def __init__(self, size: int, device: torch.device):
+        cells = size // 8
+        generator = torch.Generator().manual_seed(1)
+        self.latent = torch.randn(1, 4, cells, cells, generator=generator)
+        self.noise = torch.randn(1, 4, cells, cells, generator=generator)
+        self.hole = torch.zeros(1, 1, cells, cells)
+        quarter = cells // 4
+        self.hole[..., quarter : cells - quarter, quarter : cells - quarter] = 1.0
+        tokens = torch.zeros(1, 77, dtype=torch.bool)
+        tokens[0, 1:6] = True
+        self.sides = []
+        for _ in range(2):
+            options = {
+                "pooled_output": torch.randn(1, 768, generator=generator),
+                # For inpainting models; others leave it.
+                "concat_latent_image": self.latent,
+                "concat_mask": self.hole,
+                "truefill_prompt_tokens": tokens,
+            }
+            self.sides.append([[torch.randn(1, 77, 768, generator=generator), options]])
+
+    def sample(
+        self,
+        model: comfy.model_patcher.ModelPatcher,
+        sampler: comfy.samplers.Sampler,
+        sigmas: tuple[float, ...] = (10.0, 8.0),
+        cfg: float = 7.5,
+        callback: Callable[..., None] | None = None,
+    ) -> None:
+        """The host's custom sampling; by default one step, where PAIntA is on."""
+        comfy.sample.sample_custom(
+            model,
+            self.noise,
+            cfg,
+            sampler,
+            torch.tensor(sigmas),
+            self.sides[0],
+            self.sides[1],
+            self.latent,
+            noise_mask=self.hole,
+            callback=callback,
+            disable_pbar=True,
+            seed=0,
+        )
+
+
+def measure(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds and MiB of one step."""
+    with PeakMemory(device) as memory:
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return seconds, memory.bytes / MIB
+
+
+def machine(device: torch.device) -> str:
+    """What it ran on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
