@@ -66,8 +66,11 @@ class GuidedRun:
         self._boundary_state: BoundaryState | None = None
         self._batch, self._latent_size = len(latent), (latent.shape[-2], latent.shape[-1])
         self._model_sampling = model.model_sampling
-        acting = [method.settings for method in (painta, rasg) if method is not None]
-        self._in_window = {settings: _window(self._model_sampling, settings) for settings in acting}
+        self._in_window: dict[PAIntA | RASG | SemanticBoundary, Callable[[float], bool]] = {
+            method.settings: _window(self._model_sampling, method.settings)
+            for method in (painta, rasg)
+            if method is not None
+        }
         if boundary is not None:
             self.use_boundary(boundary)
         self._latent_channels = model.latent_format.latent_channels

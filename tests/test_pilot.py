@@ -323,7 +323,8 @@ class TestBesideOthers:
 
         def loss_at(where: torch.Tensor) -> float:
             """The loss of the first iteration, had it begun here."""
-            spied.losses.clear(), spied.centralisation.clear()
+            spied.losses.clear()
+            spied.centralisation.clear()
             scene.noise = (where / (1.0 + float(sigmas[0]) ** 2) ** 0.5).float()
             scene.host(sigmas, sampler=sampler(interval=1, iterations=1))
             return float((spied.losses[0] + weight * spied.centralisation[0]).double().sum())
