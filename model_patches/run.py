@@ -312,8 +312,8 @@ class GuidedRun:
         height, width = self._latent_size if chunks[0].area is None else chunks[0].area[:2]
         if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self._batch * len(chunks):
             raise ValueError(
-                f"PAIntA, RASG and Semantic Boundary expected latents of {width}x{height} cells and the model was called with "
-                f"{x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
+                f"PAIntA, RASG, Semantic Boundary and PILOT expected latents of {width}x{height} cells and the model was called "
+                f"with {x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
             )
 
 
