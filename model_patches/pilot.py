@@ -11,7 +11,7 @@ The paper's latents are x / sqrt(1 + s^2) in the host's coordinates, s being the
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -30,9 +30,10 @@ from comfy.samplers import Sampler, calc_cond_batch
 from tqdm.auto import tqdm
 
 from ..imaging.masks import as_mask_batch, hole_cells
-from .autograd import as_ordinary, gradients_enabled, make_weights_ordinary, recomputed, saving_copies
+from .autograd import as_ordinary, gradients_enabled, recomputed, saving_copies
 from .boundary import SemanticBoundary
 from .centralisation import Centralisation
+from .controls import own_controls
 from .guidance import RUN_KEY, hole_on_latent, installed, refuse_compiled
 from .run import Acting, GuidedRun
 from .unet import require_unet
@@ -129,10 +130,11 @@ class PILOTSampler(Sampler):
         with (
             _weights_that_stay(guider, noise, options),
             _running(guider, options, noise, hole, settings) as (run, options),
+            own_controls(_positive_entries(guider), guider.inner_model) as positive,
         ):
             plan = _Plan.of(settings, sigmas, guider.inner_model.model_sampling)
             self._announce(plan.forecast)
-            job = _Job(guider, run, options, settings, latent_image, hole, extra_args.get("seed"))
+            job = _Job(guider, run, options, settings, positive, latent_image, hole, extra_args.get("seed"))
             with tqdm(total=plan.passes, disable=disable_pbar) as bar:
 
                 def passed(number: int, denoised: torch.Tensor, x: torch.Tensor) -> None:
@@ -223,10 +225,12 @@ class _Job:
         run: GuidedRun,
         model_options: dict[str, Any],
         settings: PILOT,
+        positive: Sequence[dict[str, Any]],
         latent: torch.Tensor,
         hole: torch.Tensor,
         seed: int | None,
     ):
+        """`positive` are the entries of the prompt to optimise by, with controls of their own."""
         self._guider = guider
         self._run = run
         self._options = model_options
@@ -237,14 +241,8 @@ class _Job:
         with torch.inference_mode(False):
             self._latent, self._hole = as_ordinary(latent), as_ordinary(hole)
             self._known = 1.0 - self._hole
-            self._positive = [as_ordinary(entry) for entry in guider.conds.get("positive", [])]
-            for module in _control_networks(self._positive):
-                make_weights_ordinary(module)
+            self._positive = [as_ordinary(entry) for entry in positive]
         self._recompute = settings.memory == "recompute" or (settings.memory == "auto" and self._is_short_of_memory())
-        if not self._positive:
-            raise ValueError(
-                "PILOT optimises by the positive prompt, and this guider has none: use CFG Guider or Basic Guider."
-            )
 
     def sample(
         self,
@@ -334,12 +332,13 @@ class _Job:
         return needed > get_free_memory(self._latent.device)
 
 
-def _control_networks(entries: list[dict[str, Any]]) -> Iterator[torch.nn.Module]:
-    """The networks of the ControlNets and adapters in conditionings."""
-    for entry in entries:
-        control = entry.get("control")
-        if control is not None:
-            yield from (patcher.model for patcher in control.get_models())
+def _positive_entries(guider: Any) -> list[dict[str, Any]]:
+    entries = guider.conds.get("positive")
+    if not entries:
+        raise ValueError(
+            "PILOT optimises by the positive prompt, and this guider has none: use CFG Guider or Basic Guider."
+        )
+    return entries
 
 
 def _require_text_to_image(model: Any) -> None:

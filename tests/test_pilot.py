@@ -334,6 +334,65 @@ class TestBesideOthers:
         slope = (loss_at(x + step * direction) - loss_at(x - step * direction)) / (2 * step)
         assert abs(slope / float((gradient * direction).sum()) - 1) < 0.01
 
+    def test_a_t2i_adapter_on_a_batch(self) -> None:
+        """Its features are made for the rows of one call, and guided steps have twice those of the optimised passes."""
+        import comfy.controlnet
+
+        class Features(torch.nn.Module):
+            unshuffle_amount = 8
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.conv = torch.nn.Conv2d(3, 32, 8, stride=8).requires_grad_(False)
+
+            def forward(self, hint: torch.Tensor) -> dict[str, list[torch.Tensor | None]]:
+                return {"input": [None, None, self.conv(hint)]}
+
+        scene = scene_of()
+        sigmas = scene.sigmas("simple", 2)
+        plain = scene.host(sigmas, sampler=sampler(**TWO_AT_EACH))
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            adapter = comfy.controlnet.T2IAdapter(Features(), 3, 8, "nearest-exact", torch.device("cpu"))
+        hints = torch.rand(2, 3, 8 * 16, 8 * 13, generator=torch.Generator().manual_seed(5))
+        for side in (scene.positive, scene.negative):
+            side[0][1]["control"] = adapter.copy().set_cond_hint(hints, 1.0)
+            side[0][1]["control_apply_to_uncond"] = False
+        together = scene.host(sigmas, sampler=sampler(**TWO_AT_EACH))
+        assert relative_error(together, plain) > 1e-3
+        for picture in range(2):
+            alone = scene_of(hole=HOLE[picture : picture + 1])
+            alone.noise, alone.latent = scene.noise[picture : picture + 1], scene.latent[picture : picture + 1]
+            for side in (alone.positive, alone.negative):
+                side[0][1]["control"] = adapter.copy().set_cond_hint(hints[picture : picture + 1], 1.0)
+                side[0][1]["control_apply_to_uncond"] = False
+            expected = alone.host(sigmas, sampler=sampler(**TWO_AT_EACH))
+            assert relative_error(together[picture : picture + 1], expected) < 1e-4
+
+    def test_an_image_prompt_of_another_pack(self, spied: Spied) -> None:
+        """As IP-Adapter packs do it, with weights that they have loaded in inference mode."""
+        from comfy.ldm.modules.attention import optimized_attention
+
+        scene = scene_of()
+        sigmas = scene.sigmas("simple", 1)
+        place = ("output", 5, 0)
+        cross = scene.model.diffusion_model.output_blocks[5][1].transformer_blocks[0].attn2
+        with torch.inference_mode():
+            generator = torch.Generator().manual_seed(3)
+            tokens = torch.randn(1, 4, 24, generator=generator, dtype=torch.float64)
+            to_k, to_v = (torch.nn.Linear(24, cross.to_k.out_features, bias=False).double() for _ in range(2))
+
+        def with_image(q, k, v, extra_options):
+            heads = extra_options["n_heads"]
+            image = tokens.expand(len(q), -1, -1)
+            return optimized_attention(q, k, v, heads) + optimized_attention(q, to_k(image), to_v(image), heads)
+
+        scene.host(sigmas, sampler=sampler(**TWO_AT_EACH))
+        model = scene.patcher.clone()
+        model.set_model_attn2_replace(with_image, *place)
+        scene.host(sigmas, model, sampler=sampler(**TWO_AT_EACH))
+        assert relative_error(spied.gradients[2], spied.gradients[0]) > 1e-3
+
     @pytest.mark.parametrize("first", ["painta", "boundary"])
     def test_painta_takes_part_in_any_order(self, first: str) -> None:
         scene = scene_of()

@@ -157,6 +157,9 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
     weights = sum(parameter.numel() for parameter in task.networks.parameters())
     trainer = loop.Trainer(task, settings, options.runs / options.stage, device, options.restart)
     print(f"{options.stage}: {weights / 1e6:.2f} M weights on {device}, from step {trainer.step} of {settings.steps}")
+    if trainer.step < settings.steps:
+        # They are of a shorter run.
+        (trainer.folder / "figures.json").unlink(missing_ok=True)
     finished = trainer.train(stop, console.step)
     if not finished:
         print(f"\nStopped after step {trainer.step} and saved; the same command goes on from here.")

@@ -65,11 +65,13 @@ def test_a_trained_stage_leaves_its_figures(runs):
     assert (state["step"], state["identity"]["steps"], state["identity"]["batch"]) == (2, 2, 1)
 
 
-def test_the_same_command_with_more_steps_goes_on(answers, folder):
+def test_the_same_command_with_more_steps_goes_on(answers, folder, runs):
     done = answers["longer"]
     assert done.returncode == 0, done.stderr
     assert "from step 2 of 3" in done.stdout
     assert torch.load(folder / "longer" / "vae" / "checkpoint.pt", weights_only=True)["step"] == 3
+    # The figures are those of three steps.
+    assert (folder / "longer" / "vae" / "figures.json").read_text() != (runs / "vae" / "figures.json").read_text()
 
 
 def test_what_has_been_trained_can_be_looked_at(answers, folder):
