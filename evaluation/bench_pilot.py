@@ -43,6 +43,8 @@ transformer_places = pack_module("model_patches.unet").transformer_places
 SIGMA = 10.0
 PASSES, GUIDED_STEPS = 100, 100
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 5e-2}
+# Random weights attend to all alike: the loss is a difference of means of a tenth, and can be as small as their rounding.
+ROUNDING = {torch.float32: 1e-8, torch.float16: 1e-4}
 EULER = comfy.samplers.sampler_object("euler")
 
 
@@ -148,7 +150,8 @@ def check_losses(model: Any, scene: Any, dtype: torch.dtype) -> None:
     with torch.no_grad():
         literal = Literal(model, scene).losses(start.to(next(model.model.diffusion_model.parameters()).device))
     for name, theirs in zip(("background", "centralisation"), literal, strict=True):
-        assert abs(found[name] / float(theirs) - 1.0) < TOLERANCE[dtype], (name, found[name], float(theirs))
+        error = abs(found[name] - float(theirs))
+        assert error < TOLERANCE[dtype] * abs(float(theirs)) + ROUNDING[dtype], (name, found[name], float(theirs))
 
 
 def measure_size(
