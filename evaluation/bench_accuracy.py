@@ -39,7 +39,14 @@ from truefill_testing.host import ensure_host, pack_module  # noqa: E402
 
 # HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
 PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
-PILOTS = ("PILOT", "PILOT L_bg", "PILOT L_bg + L_sc", *(f"PILOT gamma {gamma}" for gamma in (0.2, 0.4, 0.6, 0.8)))
+PILOTS = (
+    "PILOT",
+    "PILOT L_bg",
+    "PILOT L_bg + L_sc",
+    *(f"PILOT gamma {gamma}" for gamma in (0.2, 0.4, 0.6, 0.8)),
+    "PILOT iterations 2",
+    "PILOT interval 5",
+)
 METHODS = (*PAPER, "SBC", *PILOTS)
 MODELS = ("9-channel", "4-channel")
 GRID_TRIPLETS = 8

@@ -122,7 +122,7 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(
         sampler["steps"] = 2 // len(samplers)
     for scale in every(graph, "ImageScaleToTotalPixels"):
         scale["megapixels"] = 0.12
-    if every(graph, "TrueFillLoadSegmenter"):
+    if every(graph, "TrueFillSegment"):
         for picture in every(graph, "TrueFillExamplePhoto"):
             picture["photo"] = "toy scene"
         for click in every(graph, "TrueFillSegment"):
