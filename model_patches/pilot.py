@@ -312,7 +312,7 @@ class _Job:
             if not bool(losses.isfinite().all()):
                 raise FloatingPointError(
                     f"PILOT's loss is not a finite number at timestep {timestep:.0f}: lower learning_rate and "
-                    "first_learning_rate, or, if the model runs in half precision, start ComfyUI with --bf16-unet or --fp32-unet."
+                    "first_rate, or, if the model runs in half precision, start ComfyUI with --bf16-unet or --fp32-unet."
                 )
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         return denoised.detach(), gradient

@@ -26,7 +26,7 @@ METHOD = {
     "interval": 2,
     "iterations": 2,
     "learning_rate": 0.025,
-    "first_learning_rate": 0.007,
+    "first_rate": 0.007,
     "momentum": 0.7,
     "coefficient": 150.0,
     "boundary": 1.0,
