@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from .autograd import full_precision
 from .boundary import BoundaryState
 from .chunks import Chunk
-from .unet import Place, TransformerPlace
+from .prompt_tokens import prompt_attention
+from .unet import Place, TransformerPlace, add_patch
 
 
 class Centralisation:
@@ -23,7 +24,6 @@ class Centralisation:
 
     def __init__(self, hole: torch.Tensor):
         self._state = BoundaryState(hole)
-        self._batch = hole.shape[0]
         self._sums: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
         self._calls = 0
 
@@ -32,10 +32,7 @@ class Centralisation:
     ) -> None:
         """Adds the reading patch to the options of one call of the UNet on conditional rows."""
         self._calls += 1
-        reading = _Call(self, self._calls, places, chunks)
-        patches = dict(transformer_options.get("patches", {}))
-        patches["attn2_patch"] = [*patches.get("attn2_patch", []), reading.read]
-        transformer_options["patches"] = patches
+        add_patch(transformer_options, "attn2_patch", _Call(self, self._calls, places, chunks).read)
 
     def add(self, call: int, chunk: int, value: torch.Tensor) -> None:
         """Notes one layer's difference [B] for one chunk of a call's rows."""
@@ -77,14 +74,10 @@ class _Call:
         rows = len(n) // len(self._chunks)
         for number, chunk in enumerate(self._chunks):
             here = slice(number * rows, (number + 1) * rows)
-            query, key = (
-                full_precision(part).unflatten(-1, (cross.heads, cross.dim_head)).transpose(1, 2)
-                for part in (cross.to_q(n[here]), cross.to_k(context[here]))
-            )
-            probabilities = (query @ key.mT * cross.dim_head**-0.5).softmax(dim=-1)
-            tokens = chunk.tokens[0].nonzero()[:, 0].to(n.device)
-            heard = probabilities[..., tokens].sum(dim=-1).mean(dim=1)
-            difference = _difference(heard, known[here])
+            query, key = cross.to_q(n[here]), cross.to_k(context[here])
+            # What other packs have appended to the context are no tokens of the prompt.
+            tokens = F.pad(chunk.tokens, (0, key.shape[1] - chunk.tokens.shape[1])).to(n.device)
+            difference = _difference(prompt_attention(query, key, cross.heads, tokens), known[here])
             # Blocks that run again for the backward pass compute it again.
             if place not in self._read:
                 self._reader.add(self._number, number, difference)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from ..imaging.masks import hole_cells
-from .autograd import full_precision
 from .chunks import Area, Chunk
-from .unet import Place, TransformerPlace, attention
+from .prompt_tokens import prompt_attention
+from .unet import Place, TransformerPlace, add_patch, attention
 
 FACTORS = (2, 4)
 """Latent cells per grid cell where PAIntA acts: 1/16 and 1/32 of the picture."""
@@ -99,11 +99,8 @@ def prompt_relevance(
     `tokens` a bool tensor [1, text]. The attention paid to the prompt's own tokens (softmax over all tokens, mean over
     heads), smoothed, then clip((s - median(s)) / max(s), 0, 1).
     """
-    rows, pixels, channels = query.shape
-    q = full_precision(query).view(rows, pixels, heads, channels // heads).transpose(1, 2)
-    k = full_precision(key).view(rows, -1, heads, channels // heads).transpose(1, 2)
-    probabilities = ((q @ k.transpose(-1, -2)) * (channels // heads) ** -0.5).softmax(dim=-1)
-    s = probabilities[..., tokens[0]].sum(dim=-1).mean(dim=1)
+    s = prompt_attention(query, key, heads, tokens)
+    rows, pixels = s.shape
     if smooth:
         weights = torch.tensor(SMOOTHING, dtype=s.dtype, device=s.device)
         image = s.view(rows, 1, *grid)
@@ -153,9 +150,7 @@ class PAIntACall:
             attn1[place] = self._keep_projections(place)
         replace["attn1"] = attn1
         transformer_options["patches_replace"] = replace
-        patches = dict(transformer_options.get("patches", {}))
-        patches["attn1_output_patch"] = [*patches.get("attn1_output_patch", []), self._edit_output]
-        transformer_options["patches"] = patches
+        add_patch(transformer_options, "attn1_output_patch", self._edit_output)
         with ExitStack() as hooks:
             for place, t in self._places.items():
                 handle = t.module.norm1.register_forward_pre_hook(self._keep_input(place))

@@ -45,7 +45,7 @@ COEFFICIENT_PIXELS = 1499.0
 """Known latent pixels at which lambda is `coefficient` (released code)."""
 
 GRAPH_ELEMENTS = {"SD": 110_000, "SDXL": 290_000}
-"""Numbers that a graph through the whole UNet keeps for each latent pixel (measured on full-depth UNets, rounded up)."""
+"""Numbers that a graph through the whole UNet keeps for each latent pixel, rounded up (`python dev.py bench graph`)."""
 
 Memory = Literal["auto", "record", "recompute"]
 

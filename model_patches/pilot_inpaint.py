@@ -46,8 +46,8 @@ def inpaint(
     edge of so many pixels outside of the hole. Sizes that the VAE cannot take are filled up at the right and the bottom.
 
     Returns the latents [B, C, h, w] as VAE Encode gives them, and the pictures: the originals bit for bit where neither the
-    hole nor its edge is. Without any hole nothing is sampled. Raises ValueError for counts that don't go together and as
-    `PILOTSampler.sample`.
+    hole nor its edge is. Without any hole nothing is sampled. Raises ValueError for counts, and for a VAE and a model, that don't
+    go together, and as `PILOTSampler.sample`.
     """
     check_pictures(pictures, "The picture")
     count = max(len(pictures), len(mask))
@@ -60,16 +60,21 @@ def inpaint(
     hole = feather_mask((hole > 0).float(), feather, "outside", "smooth") if feather else hole
     pictures, hole = pictures.expand(count, -1, -1, -1), hole.expand(count, -1, -1, -1)
 
-    vae = diffusion.vae
+    vae, channels = diffusion.vae, diffusion.model.model.latent_format.latent_channels
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"The VAE makes latents of {vae.latent_channels} channels, and the model takes {channels}: connect the VAE that "
+            "comes with the model."
+        )
     cell = vae.spacial_compression_encode()
     missing = (0, -width % cell, 0, -height % cell)
     filled_up = F.pad(pictures[..., :3].movedim(-1, 1), missing, mode="replicate").movedim(1, -1)
-    # The host's loader may replace weights while a graph needs them.
-    model = diffusion.model.clone(disable_dynamic=True)
-    latent = comfy.sample.fix_empty_latent_channels(model, vae.encode(filled_up))
+    latent = vae.encode(filled_up)
     if not bool(hole.any()):
         announce("PILOT: the mask has no hole, so the picture stays as it is.")
         return latent, pictures
+    # The host may evict weights that a graph still needs.
+    model = diffusion.model.clone(disable_dynamic=True)
     sigmas = comfy.samplers.calculate_sigmas(
         model.get_model_object("model_sampling"), sampling.scheduler, sampling.steps
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .autograd import full_precision
+
 TOKENS_KEY = "truefill_prompt_tokens"
 """Key in a CONDITIONING's options: a bool tensor [1, tokens], True where the token belongs to the prompt."""
 
@@ -20,6 +22,19 @@ QUALITY_SUFFIX = "Full HD, 4K, high quality, high resolution"
 """The suffix that HD-Painter's authors put behind every prompt."""
 
 _Chunks = list[list[tuple[Any, ...]]]
+
+
+def prompt_attention(query: torch.Tensor, key: torch.Tensor, heads: int, tokens: torch.Tensor) -> torch.Tensor:
+    """The attention that each pixel pays to the prompt's own tokens, all of them together, in [0, 1]: [rows, pixels].
+
+    `query` [rows, pixels, channels] and `key` [rows, text, channels] are the projections of a cross-attention, `tokens` a bool
+    tensor [1, text]. Softmax over all tokens, mean over heads.
+    """
+    rows, pixels, channels = query.shape
+    q = full_precision(query).view(rows, pixels, heads, channels // heads).transpose(1, 2)
+    k = full_precision(key).view(rows, -1, heads, channels // heads).transpose(1, 2)
+    probabilities = ((q @ k.transpose(-1, -2)) * (channels // heads) ** -0.5).softmax(dim=-1)
+    return probabilities[..., tokens[0]].sum(dim=-1).mean(dim=1)
 
 
 def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:

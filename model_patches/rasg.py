@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..imaging.masks import hole_cells
 from .autograd import as_ordinary, full_precision, gradients_enabled
 from .chunks import Chunk
-from .unet import Place, TransformerPlace, use_differentiable_attention
+from .unet import Place, TransformerPlace, add_patch, use_differentiable_attention
 
 FACTOR = 4
 """Latent cells per grid cell where attention is read: 1/32 of the picture."""
@@ -98,9 +98,7 @@ class RASGCall:
         return output.detach()
 
     def _install(self, transformer_options: dict[str, Any]) -> None:
-        patches = dict(transformer_options.get("patches", {}))
-        patches["attn2_patch"] = [*patches.get("attn2_patch", []), self._read_scores]
-        transformer_options["patches"] = patches
+        add_patch(transformer_options, "attn2_patch", self._read_scores)
         use_differentiable_attention(transformer_options)
 
     def _read_scores(

@@ -83,7 +83,7 @@ class GuidedRun:
         self._gradient: torch.Tensor | None = None
         self._ordinary_weights: set[int] = set()
         self._reader: Reader | None = None
-        self._until_read = ExitStack()
+        self._open_while_reading = ExitStack()
 
     def conds_with_chunks(self, conds: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
         """The guider's conditionings, each with its role and token set attached. The given ones are not changed."""
@@ -144,7 +144,7 @@ class GuidedRun:
         """
         self._reader = reader
         try:
-            with ExitStack() as self._until_read:
+            with ExitStack() as self._open_while_reading:
                 yield
         finally:
             self._reader = None
@@ -249,7 +249,7 @@ class GuidedRun:
             call = PAIntACall(self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance)
             painta = call.installed(options)
         if self._reader is not None:
-            self._until_read.enter_context(painta)
+            self._open_while_reading.enter_context(painta)
             painta = nullcontext()
         with painta:
             arguments = (timesteps, context, y, control)

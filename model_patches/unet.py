@@ -68,6 +68,12 @@ def attention(
     )
 
 
+def add_patch(transformer_options: dict[str, Any], kind: str, patch: Callable[..., Any]) -> None:
+    """Adds an attention patch to a call's own options, behind those that are there."""
+    patches = transformer_options.get("patches", {})
+    transformer_options["patches"] = {**patches, kind: [*patches.get(kind, []), patch]}
+
+
 def use_differentiable_attention(transformer_options: dict[str, Any]) -> None:
     """Overrides attention in a call's own options where a graph is recorded: fast kernels may have no backward pass."""
     earlier = transformer_options.get("optimized_attention_override")

@@ -6,6 +6,7 @@ from ..model_patches.boundary import SemanticBoundary
 from ..model_patches.guidance import with_boundary, with_painta, with_rasg
 from ..model_patches.painta import PAIntA
 from ..model_patches.rasg import RASG
+from .widgets import hole_input
 
 
 def _start_percent() -> io.Float.Input:
@@ -29,15 +30,6 @@ def _end_percent(default: float, why: str) -> io.Float.Input:
         step=0.01,
         advanced=True,
         tooltip=f"Where in sampling it ends. {why}",
-    )
-
-
-def _mask() -> io.Mask.Input:
-    return io.Mask.Input(
-        "mask",
-        optional=True,
-        tooltip="The hole (white). Only needed where neither the latent nor the conditioning carries the mask; where it is "
-        "connected it counts.",
     )
 
 
@@ -85,7 +77,7 @@ class TrueFillPAIntA(io.ComfyNode):
                     tooltip="Smooths the relevance map with a 3x3 kernel, as the authors' code does (the paper does not "
                     "mention it).",
                 ),
-                _mask(),
+                hole_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with PAIntA. Works with every sampler and with RASG.")],
         )
@@ -154,7 +146,7 @@ class TrueFillRASG(io.ComfyNode):
                     tooltip="ddim: the paper's formula. released: the smaller sigma of the authors' code, to be used with eta "
                     "0.1 to 0.25 and with euler, ddim or euler_ancestral.",
                 ),
-                _mask(),
+                hole_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with RASG. About 1.3 to 1.6 times the time of a plain step.")],
         )
@@ -204,7 +196,7 @@ class TrueFillSemanticBoundary(io.ComfyNode):
                 ),
                 _start_percent(),
                 _end_percent(1.0, "The paper's default is all of sampling."),
-                _mask(),
+                hole_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the boundary. Works with every sampler, PAIntA and RASG.")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from comfy.samplers import KSampler
 from comfy_api.latest import io
 
 from ..model_patches.diffusion import Diffusion
 from ..model_patches.pilot import PILOT, Memory, pilot_sampler
 from ..model_patches.pilot_inpaint import Sampling, inpaint
 from .announce import announcer
+from .widgets import cfg_input, hole_input, scheduler_input, seed_input
 
 Preset = Literal["text", "adapters", "custom"]
 _COHERENCE: dict[Preset, float] = {"text": 1.0, "adapters": 0.8}
@@ -141,12 +141,7 @@ class TrueFillPILOTSampler(io.ComfyNode):
             search_aliases=_ALIASES,
             inputs=[
                 *_pilot_inputs(),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="The hole (white). Only needed where neither the latent nor the conditioning carries the mask; where "
-                    "it is connected it counts.",
-                ),
+                hole_input(),
             ],
             outputs=[
                 io.Sampler.Output(
@@ -181,21 +176,12 @@ class TrueFillPILOT(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Image.Input("image", tooltip="The picture."),
                 io.Mask.Input("mask", tooltip="The hole: everything that is not black."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise.",
-                ),
+                seed_input("Of the noise."),
                 io.Int.Input(
                     "steps", default=100, min=1, max=1000, tooltip="The authors' code takes 100, their paper 200."
                 ),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt counts."),
-                io.Combo.Input(
-                    "scheduler", options=KSampler.SCHEDULERS, default="ddim_uniform", tooltip="Spacing of the steps."
-                ),
+                cfg_input(),
+                scheduler_input("ddim_uniform"),
                 *_pilot_inputs(),
                 io.Int.Input(
                     "feather",

@@ -9,6 +9,7 @@ from ..model_patches.known import with_known
 from ..model_patches.upscale import MAX_NOISE_LEVEL, Layout, Sampling, upscale_hole
 from .announce import announcer
 from .finish import harmonise_inputs
+from .widgets import cfg_input, scheduler_input, seed_input
 
 
 class TrueFillUpscale(io.ComfyNode):
@@ -38,25 +39,16 @@ class TrueFillUpscale(io.ComfyNode):
                     tooltip="The whole picture after inpainting, smaller or of the same size (Stitch Region's, say).",
                 ),
                 io.Mask.Input("mask", tooltip="The hole: everything that is not black is made new."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise.",
-                ),
+                seed_input("Of the noise."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="How often each tile is sampled."),
-                io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt counts."),
+                cfg_input(),
                 io.Combo.Input(
                     "sampler_name",
                     options=KSampler.SAMPLERS,
                     default="ddim",
                     tooltip="ddim, euler and euler_ancestral take the paper's step exactly.",
                 ),
-                io.Combo.Input(
-                    "scheduler", options=KSampler.SCHEDULERS, default="normal", tooltip="Spacing of the steps."
-                ),
+                scheduler_input("normal"),
                 io.Int.Input(
                     "noise_level",
                     default=20,

@@ -119,7 +119,6 @@ class TestLosses:
         settings = PilotSettings()
         for timestep, expected in ((999, 150.0), (300, 15.0), (299, 15.0), (0, 15.0), (533, 60.0)):
             assert loss_weights(timestep, hole, settings).tolist() == pytest.approx([expected, 0.0])
-        assert loss_weights(10, hole, PilotSettings(schedule="constant")).tolist() == pytest.approx([150.0, 0.0])
         assert learning_rate(999, True, settings) == 0.007
         assert learning_rate(990, False, settings) == pytest.approx(0.025 * 1.0201809)
 

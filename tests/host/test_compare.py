@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed, GraphRejected, Result
+from truefill_testing.graphs import node
 from truefill_testing.host import pack_module
 
 comparing = pack_module("imaging.compare")
@@ -18,10 +19,6 @@ WIDTH, HEIGHT = 96, 64
 BOX = {"x": 40, "y": 16}
 BOX_WIDTH, BOX_HEIGHT = 32, 24
 PATCH = 8
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def plain(color: int, width: int = WIDTH, height: int = HEIGHT) -> dict[str, Any]:

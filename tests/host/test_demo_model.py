@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from devtools.client import Client, GraphRejected
+from truefill_testing.graphs import node, picture
 from truefill_testing.host import ROOT, pack_module
 
 KINDS = ("inpainting", "text-to-image")
 PROMPT = "a red striped star"
 TOY_TRIPLET = 0
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def sampler(model: list[Any], positive: list[Any], negative: list[Any], latent: list[Any], steps: int = 4) -> dict:
@@ -36,10 +31,6 @@ def sampler(model: list[Any], positive: list[Any], negative: list[Any], latent: 
         scheduler="normal",
         denoise=1.0,
     )
-
-
-def picture(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def text_to_image(width: int = 256, height: int = 256, batch: int = 1) -> dict[str, Any]:

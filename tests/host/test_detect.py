@@ -15,6 +15,7 @@ from PIL import Image
 
 from devtools.client import Client, GraphFailed
 from devtools.server import Server
+from truefill_testing.graphs import node
 from truefill_testing.host import pack_module
 from truefill_testing.random_dino import random_dino
 from truefill_testing.random_segmenters import small_sam
@@ -40,10 +41,6 @@ def files(comfyui: Server) -> Iterator[dict[str, Path]]:
     yield found
     for path in found.values():
         path.unlink()
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 SEARCH = {

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from devtools.client import Client, GraphFailed, GraphInterrupted, GraphRejected, Progress
+from devtools.client import Client, GraphFailed, GraphRejected
 from truefill_testing.checkpoints import FAMILIES
+from truefill_testing.graphs import node, picture, run_and_interrupt
 
 SIZE = (128, 96)
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def inpainting_graph(checkpoint: str, seed: int = 0, steps: int = 3) -> dict[str, Any]:
@@ -96,10 +92,6 @@ def changed(graph: dict[str, Any], **of_nodes: dict[str, Any]) -> dict[str, Any]
     return graph
 
 
-def picture(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-
 @pytest.mark.parametrize("kind", ["", "-inpainting"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_fills_the_hole_and_touches_nothing_else(server: Client, family: str, kind: str) -> None:
@@ -142,21 +134,7 @@ def test_the_graph_twice_gives_the_same_bytes(server: Client) -> None:
 def test_interrupted_in_the_middle_and_run_again(server: Client) -> None:
     graph = inpainting_graph("sd15-inpainting", seed=3, steps=4)
     expected = server.run(graph).images["save result"]
-    sampling = threading.Event()
-
-    def note(progress: Progress) -> None:
-        if progress.node_type == "KSampler" and progress.maximum:
-            sampling.set()
-
-    def interrupt() -> None:
-        assert sampling.wait(120)
-        server.interrupt()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(GraphInterrupted):
-        server.run(inpainting_graph("sd15-inpainting", seed=4, steps=500), note)
-    thread.join()
+    run_and_interrupt(server, inpainting_graph("sd15-inpainting", seed=4, steps=500), "KSampler")
     assert server.run(graph).images["save result"] == expected
 
 

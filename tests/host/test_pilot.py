@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from devtools.client import Client, GraphFailed, GraphInterrupted, Progress
+from devtools.client import Client, GraphFailed, Progress
 from devtools.server import Server
+from truefill_testing.graphs import node, pictures, run_and_interrupt
 from truefill_testing.host import pack_module
 
 morphology = pack_module("imaging.morphology")
@@ -32,15 +32,6 @@ METHOD = {
     "boundary": 1.0,
     "memory": "auto",
 }
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def pixels(pngs: list[bytes]) -> np.ndarray:
-    """[pictures, H, W, 3]; the files themselves differ, each carries its graph."""
-    return np.stack([np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in pngs])
 
 
 def scene(checkpoint: str = "sd15") -> dict[str, Any]:
@@ -110,7 +101,7 @@ def as_sampler(steps: int = 3, seed: int = 1, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", ["sd15", "sd2", "sdxl"])
 def test_the_hole_is_filled_and_nothing_else_is_touched(server: Client, family: str) -> None:
     images = server.run(in_one_box(family)).images
-    before, after = pixels(images["save picture"])[0], pixels(images["save"])[0]
+    before, after = pictures(images["save picture"])[0], pictures(images["save"])[0]
     drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(images["save hole"][0])).convert("L")))[None] / 255
     hole = masks.resize_mask(drawn, (HEIGHT, WIDTH))
     reach = morphology.grow((hole > 0).float(), FEATHER + 1)[0, 0].numpy() > 0
@@ -124,58 +115,44 @@ def test_a_batch_twice_and_another_picture_in_it(server: Client) -> None:
     graph = in_one_box(image=["pictures", 0])
     graph["mirrored"] = node("ImageFlip", image=["picture", 0], flip_method="y-axis: horizontally")
     graph["pictures"] = node("ImageBatch", image1=["picture", 0], image2=["mirrored", 0])
-    first = pixels(server.run(graph).images["save"])
+    first = pictures(server.run(graph).images["save"])
     assert len(first) == 2 and not np.array_equal(*first)
     graph["pilot"]["inputs"]["seed"] = 2
-    assert not np.array_equal(pixels(server.run(graph).images["save"]), first)
+    assert not np.array_equal(pictures(server.run(graph).images["save"]), first)
     graph["pilot"]["inputs"]["seed"] = 1
     # The other seed has made the host forget.
-    assert np.array_equal(pixels(server.run(graph).images["save"]), first)
+    assert np.array_equal(pictures(server.run(graph).images["save"]), first)
 
 
 def test_an_empty_mask_leaves_the_picture_as_it_is(server: Client) -> None:
     graph = in_one_box(mask=["nothing", 0])
     graph["nothing"] = node("SolidMask", value=0.0, width=64, height=64)
     images = server.run(graph).images
-    assert np.array_equal(pixels(images["save"]), pixels(images["save picture"]))
+    assert np.array_equal(pictures(images["save"]), pictures(images["save picture"]))
 
 
 def test_the_sampler_in_a_graph_of_the_hosts_own_nodes(server: Client, comfyui: Server) -> None:
     progress: list[Progress] = []
     result = server.run(as_sampler(), progress.append)
-    made = pixels(result.images["save"])
+    made = pictures(result.images["save"])
     assert made.shape == (1, 96, 128, 3)
     # Steps 0 and 2 of three, with two passes each.
     counted = [(note.value, note.maximum) for note in progress if note.node_type == "SamplerCustomAdvanced"]
     assert (7, 7) in counted and {maximum for _, maximum in counted if maximum > 1} == {7}
     said = "PILOT: 4 passes with a gradient (2 at 2 of 3 steps) and 3 guided steps."
     assert said in comfyui.log.read_text(encoding="utf-8")
-    again = pixels(server.run(as_sampler(coherence=0.4)).images["save"])
+    again = pictures(server.run(as_sampler(coherence=0.4)).images["save"])
     assert np.array_equal(again, made), "the preset counts, not the coherence"
-    other = pixels(server.run(as_sampler(preset="custom", coherence=0.4)).images["save"])
+    other = pictures(server.run(as_sampler(preset="custom", coherence=0.4)).images["save"])
     assert not np.array_equal(other, made)
 
 
 def test_interrupted_among_the_passes_and_run_again(server: Client) -> None:
-    expected = pixels(server.run(as_sampler(seed=5)).images["save"])
-    sampling = threading.Event()
-
-    def note(progress: Progress) -> None:
-        if progress.node_type == "SamplerCustomAdvanced" and progress.maximum > 100:
-            sampling.set()
-
-    def interrupt() -> None:
-        assert sampling.wait(120)
-        server.interrupt()
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(GraphInterrupted):
-        server.run(as_sampler(seed=6, iterations=1000), note)
-    thread.join()
+    expected = pictures(server.run(as_sampler(seed=5)).images["save"])
+    run_and_interrupt(server, as_sampler(seed=6, iterations=1000), "SamplerCustomAdvanced")
     # Not from the host's cache: another graph has run.
     server.run(as_sampler(seed=7))
-    assert np.array_equal(pixels(server.run(as_sampler(seed=5)).images["save"]), expected)
+    assert np.array_equal(pictures(server.run(as_sampler(seed=5)).images["save"]), expected)
 
 
 @pytest.mark.parametrize(

@@ -12,18 +12,11 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed
+from truefill_testing.graphs import node, picture
 from truefill_testing.host import pack_module
 
 morphology = pack_module("imaging.morphology")
 WIDTH, HEIGHT = 200, 152
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def picture(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def crop(**inputs: Any) -> dict[str, Any]:

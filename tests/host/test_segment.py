@@ -15,6 +15,7 @@ from PIL import Image
 
 from devtools.client import Client, GraphFailed, GraphRejected
 from devtools.server import Server
+from truefill_testing.graphs import node
 from truefill_testing.host import ROOT, pack_module
 from truefill_testing.random_segmenters import sam2_state, small_sam
 
@@ -33,10 +34,6 @@ def file(comfyui: Server) -> Iterator[Path]:
     yield path
     path.unlink()
     (path.parent / "unet.pth").unlink()
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def graph(include: str, **inputs: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     L_bg   = 1/4 sum over channels and pixels of B (z_src - x0)^2                     B = 1 - H, 1 = known            9
     s_n    = mean over heads of sum over prompt tokens k of softmax(Q K^T / sqrt(d))[n, k]      before the boundary
     L_sc   = mean over layers of (mean of s_n over known n - mean of s_n over n in the hole)                         14
-    L      = L_bg + lambda(t) L_sc,  lambda(t) = coef N_known / 1499 schedule(t)                                     15
+    L      = L_bg + lambda(t) L_sc,  lambda(t) = coef N_known / 1499 part(t)                                     15
     m      <- momentum m - lr(t) dL/dz,  z <- z + m         m = 0 at the start of every optimised timestep
     lr(t)  = lr 1.002^(1000 - t), at the run's first timestep lr_warmup
     z_s    = sqrt(abar_s) z0 + sqrt(1 - abar_s) eps         eps after CFG: one DDIM step, after the iterations
@@ -24,7 +24,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
@@ -47,7 +46,6 @@ class PilotSettings:
     lr_warmup: float = 0.007
     momentum: float = 0.7
     coef: float = 150.0
-    schedule: Literal["linear", "constant"] = "linear"
     boundary: float | None = 1.0
 
 
@@ -241,12 +239,7 @@ def semantic_centralisation(
 
 def loss_weights(timestep: int, hole: torch.Tensor, settings: PilotSettings) -> torch.Tensor:
     """lambda(t) of each picture [B] for holes [B, 1, h, w]."""
-    if settings.schedule == "constant" or timestep >= 999:
-        part = 1.0
-    elif timestep < 300:
-        part = 0.1
-    else:
-        part = 0.1 + 0.9 * (timestep - 300) / (999 - 300)
+    part = 0.1 if timestep < 300 else 0.1 + 0.9 * (timestep - 300) / (999 - 300)
     known_cells = [int((picture == 0.0).sum()) for picture in hole]
     return torch.tensor([settings.coef * count / 1499 * part for count in known_cells], dtype=torch.float64)
 

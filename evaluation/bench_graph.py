@@ -1,0 +1,121 @@
+"""How many numbers the graph of one of PILOT's passes keeps for each latent pixel, on full-depth UNets of SD1.5 and SDXL.
+
+With these PILOT decides whether a graph fits into memory (`GRAPH_ELEMENTS`); the command fails where a UNet keeps more than it
+says. Random weights, one picture, the weights themselves not counted. SDXL takes 6 GB of memory.
+
+    python dev.py bench graph [--families SD SDXL] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from truefill_testing.host import ensure_host, pack_module  # noqa: E402
+
+ensure_host()
+
+import comfy.ops  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
+
+chunks = pack_module("model_patches.chunks")
+centralisation = pack_module("model_patches.centralisation")
+full_size = pack_module("evaluation.full_size")
+pilot = pack_module("model_patches.pilot")
+show_table = pack_module("evaluation.tables").show_table
+unets = pack_module("model_patches.unet")
+
+SDXL = {
+    "image_size": 32,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": (1, 2, 4),
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+    "context_dim": 2048,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
+FAMILIES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "SD": (full_size.SD15, torch.float32),
+    "SDXL": (SDXL, torch.bfloat16),
+}
+CELLS = (16, 32)
+
+
+def kept(unet: UNetModel, config: dict[str, Any], cells: int) -> float:
+    """Numbers that autograd keeps for each of `cells` x `cells` latent pixels, the weights left out."""
+    weights = {weight.untyped_storage().data_ptr() for weight in unet.parameters()}
+    found: dict[int, int] = {}
+    # Memory that is given back could be taken for the same again.
+    alive: list[torch.Tensor] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    hole = torch.zeros(1, 1, cells, cells)
+    hole[..., cells // 4 : cells // 2, cells // 4 : cells // 2] = 1.0
+    tokens = torch.zeros(1, 77, dtype=torch.bool)
+    tokens[0, 1:6] = True
+    options: dict[str, Any] = {}
+    reader = centralisation.Centralisation(hole)
+    reader.install(options, unets.transformer_places(unet), [chunks.Chunk(True, tokens)])
+    unets.use_differentiable_attention(options)
+    dtype = unet.dtype
+    x = torch.randn(1, 4, cells, cells, dtype=dtype).requires_grad_()
+    adm = config["adm_in_channels"]
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        unet(
+            x,
+            torch.tensor([500.0]),
+            torch.randn(1, 77, config["context_dim"], dtype=dtype),
+            y=None if adm is None else torch.randn(1, adm, dtype=dtype),
+            transformer_options=options,
+        )
+    return sum(found.values()) / dtype.itemsize / cells**2
+
+
+def main() -> int:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python dev.py bench graph", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), help="default: both")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for family in options.families:
+        config, dtype = FAMILIES[family]
+        unet = UNetModel(**config, in_channels=4, dtype=dtype, operations=comfy.ops.disable_weight_init)
+        unet.requires_grad_(False)
+        for weight in unet.parameters():
+            weight.data.fill_(0.01)
+        limit = pilot.GRAPH_ELEMENTS[family]
+        rows += [
+            {"family": family, "cells": cells, "kept": round(kept(unet, config, cells)), "limit": limit}
+            for cells in CELLS
+        ]
+    show_table("Numbers kept for each latent pixel.", rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return int(any(row["kept"] > row["limit"] for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
