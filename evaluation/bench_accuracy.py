@@ -46,6 +46,8 @@ PILOTS = (
     *(f"PILOT gamma {gamma}" for gamma in (0.2, 0.4, 0.6, 0.8)),
     "PILOT iterations 2",
     "PILOT interval 5",
+    "PILOT larger steps",
+    "PILOT gamma 0.8, interval 5",
 )
 METHODS = (*PAPER, "SBC", *PILOTS)
 MODELS = ("9-channel", "4-channel")

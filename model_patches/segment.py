@@ -121,16 +121,16 @@ _FAMILIES = {
 
 @dataclass
 class Segmenter:
-    """transformers' SamModel, SamHQModel or Sam2Model, placed by the host."""
+    """transformers' SamModel, SamHQModel or Sam2Model, or what has the interface of the first, placed by the host."""
 
     patcher: ModelPatcher
     _embeddings: OrderedDict[tuple[str, torch.Size], tuple[torch.Tensor, ...]] = field(default_factory=OrderedDict)
 
     @classmethod
-    def of(cls, model: Any) -> Segmenter:
-        """A segmenter of such a network: half precision where the host uses it, float32 on a CPU."""
+    def of(cls, model: Any, half: bool = True) -> Segmenter:
+        """A segmenter of such a network: half precision where the host uses it, if `half` allows it; float32 on a CPU."""
         device = comfy.model_management.get_torch_device()
-        half = comfy.model_management.should_use_fp16(device)
+        half = half and comfy.model_management.should_use_fp16(device)
         placed = Placed(model.to(torch.float16 if half else torch.float32))
         return cls(ModelPatcher(placed, device, comfy.model_management.unet_offload_device()))
 

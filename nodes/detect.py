@@ -10,6 +10,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from ..imaging.detections import PICKS, Choice, Detection, Pick, shown, split_phrases
 from ..model_patches.detect import Detector, detect_batch
 from ..model_patches.segment import Prompt, Segmenter, segment_batch
+from ..weights.engines import GROUNDING_DINO, TRANSFORMERS
 from ..weights.grounding_dino import WHERE_TO_GET, read_detector, tokenizer
 from .files import ModelFiles
 from .segment import SegmenterType
@@ -33,18 +34,28 @@ class TrueFillLoadDetector(io.ComfyNode):
                     "detector",
                     options=FILES.names(),
                     tooltip="The file, in models/grounding-dino or models/groundingdino: .pth, .pt or .safetensors.",
-                )
+                ),
+                io.Combo.Input(
+                    "engine",
+                    options=GROUNDING_DINO.engines,
+                    default=TRANSFORMERS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What runs it. groundingdino-py: the authors' package, where it is installed, beside transformers below "
+                    "5; for files as published. Both answer the same.",
+                ),
             ],
             outputs=[DetectorType.Output(display_name="DETECTOR", tooltip="For Detect and Mask From Text.")],
         )
 
     @classmethod
-    def validate_inputs(cls, detector: str | None = None) -> bool | str:
-        return FILES.check(detector)
+    def validate_inputs(cls, detector: str | None = None, engine: str | None = None) -> bool | str:
+        found = FILES.check(detector)
+        return found if isinstance(found, str) else GROUNDING_DINO.check(engine)
 
     @classmethod
-    def execute(cls, detector: str) -> io.NodeOutput:
-        return io.NodeOutput(Detector.of(read_detector(FILES.path(detector)), tokenizer()))
+    def execute(cls, detector: str, engine: str = TRANSFORMERS) -> io.NodeOutput:
+        return io.NodeOutput(Detector.of(read_detector(FILES.path(detector), engine), tokenizer()))
 
 
 def _search_inputs() -> list[io.Input]:

@@ -9,6 +9,7 @@ from ..imaging.masks import as_mask_batch
 from ..imaging.prompts import as_bounding_box, check_inside, check_touching, parse_boxes, parse_drawn, parse_points
 from ..model_patches.segment import Pick, Segmenter, prompts_for, segment_batch
 from ..weights import demo_model
+from ..weights.engines import SEGMENT_ANYTHING, TRANSFORMERS
 from ..weights.segmenters import WHERE_TO_GET, read_segmenter
 from .files import ModelFiles
 
@@ -60,18 +61,29 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                     default=next((name for name in FILES.names() if name != DEMO), "sam_vit_b_01ec64.pth"),
                     tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is. "
                     "demo: ships with the pack, and knows only the demo model's world.",
-                )
+                ),
+                io.Combo.Input(
+                    "engine",
+                    options=SEGMENT_ANYTHING.engines,
+                    default=TRANSFORMERS,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What runs it. segment-anything: the authors' package, where it is installed; for Segment Anything "
+                    "files as published. Both answer the same.",
+                ),
             ],
             outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],
         )
 
     @classmethod
-    def validate_inputs(cls, segmenter: str | None = None) -> bool | str:
-        return FILES.check(segmenter)
+    def validate_inputs(cls, segmenter: str | None = None, engine: str | None = None) -> bool | str:
+        found = FILES.check(segmenter)
+        return found if isinstance(found, str) else SEGMENT_ANYTHING.check(engine)
 
     @classmethod
-    def execute(cls, segmenter: str) -> io.NodeOutput:
-        return io.NodeOutput(Segmenter.of(read_segmenter(FILES.path(segmenter))))
+    def execute(cls, segmenter: str, engine: str = TRANSFORMERS) -> io.NodeOutput:
+        # The package mixes its weights with float32.
+        return io.NodeOutput(Segmenter.of(read_segmenter(FILES.path(segmenter), engine), half=engine == TRANSFORMERS))
 
 
 class TrueFillSegment(io.ComfyNode):

@@ -16,6 +16,7 @@ from truefill_testing.random_tensors import squares
 reader = pack_module("weights.grounding_dino")
 detect = pack_module("model_patches.detect")
 
+PACKAGE = pack_module("weights.engines").GROUNDING_DINO
 MEAN, DEVIATION = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
@@ -56,6 +57,42 @@ def test_it_answers_as_the_package_does(network) -> None:
     assert torch.allclose(boxes, torch.tensor(PUBLISHED["boxes"]), atol=1e-4)
     expected = torch.tensor(PUBLISHED["logits"])
     assert float((logits - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.skipif(PACKAGE.check(PACKAGE.name) is not True, reason=str(PACKAGE.check(PACKAGE.name)))
+def test_both_engines_answer_the_same(network, state) -> None:
+    package = reader.detector_from_state(state, "dino.pth", PACKAGE.name)
+    assert type(package.network).__module__.startswith("groundingdino.")
+    theirs, ours = (answers(one, squares(256, 320).movedim(-1, 0), PUBLISHED["text"]) for one in (package, network))
+    # Of places whose first scores are nearly equal, rounding says which is looked at closer.
+    same = (theirs.pred_boxes - ours.pred_boxes).abs().amax(dim=2)[0] < 1e-4
+    assert float(same.float().mean()) > 0.98
+    apart = (theirs.logits[0, same, :7] - ours.logits[0, same, :7]).abs()
+    assert float(apart.max()) < 1e-4 * float(ours.logits[0, :, :7].abs().max())
+    found = detect.Detector.of(package, reader.tokenizer()).detect(squares(120, 150), ["red cup", "spoon"])
+    assert len(found) == 900 and {one.label for one in found} <= {"red cup", "spoon"}
+    with pytest.raises(ValueError, match=r"hub\.safetensors is no Grounding DINO file as published"):
+        reader.detector_from_state(reader.hub_names(state), "hub.safetensors", PACKAGE.name)
+    changed = {**state, "feat_map.bias": torch.zeros(3), "more": torch.zeros(1)}
+    del changed["transformer.level_embed"]
+    with pytest.raises(ValueError, match=r"file: feat_map\.bias, more, transformer\.level_embed\. Download"):
+        reader.detector_from_state(changed, "dino.pth", PACKAGE.name)
+
+
+def test_a_package_that_can_not_run_is_said(state, monkeypatch) -> None:
+    engines = pack_module("weights.engines")
+    loader = pack_module("nodes.detect").TrueFillLoadDetector
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    assert "run 'pip install groundingdino-py'" in str(PACKAGE.check(PACKAGE.name))
+    monkeypatch.setattr(engines, "find_spec", lambda name: object())
+    monkeypatch.setattr(engines, "version", lambda name: "5.0.1")
+    assert "fails with transformers 5 and later, and here is 5.0.1" in str(PACKAGE.check(PACKAGE.name))
+    with pytest.raises(ValueError, match="choose transformers, which answers the same"):
+        reader.detector_from_state(state, "dino.pth", PACKAGE.name)
+    # The file comes first: without it nothing runs.
+    assert "There is no file in" in str(loader.validate_inputs("", PACKAGE.name))
+    monkeypatch.setattr(engines, "version", lambda name: "4.57.3")
+    assert PACKAGE.check(PACKAGE.name) is True
 
 
 def test_the_hubs_layout_is_the_same_network(network, state, tmp_path) -> None:

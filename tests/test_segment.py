@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ def test_every_key_of_the_published_networks_has_its_place(kind: str) -> None:
     with torch.device("meta"):
         published = segment_anything.sam_model_registry[kind]()
     state = published.state_dict()
+    assert reader.segmenter_from_state(state, f"{kind}.pth", "segment-anything").state_dict().keys() == state.keys()
     model = reader.segmenter_from_state(state, f"{kind}.pth")
     twice = state["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"].numel()
     assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in state.values()) + twice
@@ -91,6 +93,39 @@ def test_every_key_of_the_published_networks_has_its_place(kind: str) -> None:
     assert list(config.global_attn_indexes) == [
         index for index, block in enumerate(published.image_encoder.blocks) if block.window_size == 0
     ]
+
+
+@pytest.mark.parametrize("size", [(61, 77), (300, 205)], ids=str)
+@pytest.mark.parametrize("name", list(PROMPTS))
+def test_both_engines_answer_the_same(file, name: str, size: tuple[int, int]) -> None:
+    image = picture(*size)
+    rough = (picture(*size, seed=1)[..., 0] > 0.5).float()
+    package = segment.Segmenter.of(reader.read_segmenter(file, "segment-anything"), half=False)
+    ours = segment.Segmenter.of(reader.read_segmenter(file))
+    assert type(package.patcher.model.network.mask_decoder).__module__.startswith("segment_anything.")
+    prompts = [PROMPTS[name], replace(PROMPTS[name], rough=rough)]
+    for theirs, mine in zip(package.segment(image, prompts), ours.segment(image, prompts), strict=True):
+        assert float((theirs.logits - mine.logits).abs().max()) < 1e-4 * float(mine.logits.abs().max())
+        assert torch.allclose(theirs.scores, mine.scores, atol=1e-4)
+    assert package.memory == ours.memory
+
+
+def test_what_the_package_can_not_run_is_said(sam, file, tmp_path, monkeypatch) -> None:
+    torch.save(reader.read_segmenter(file).state_dict(), tmp_path / "hub.pth")
+    torch.save({**sam.state_dict(), "mask_decoder.hf_token.weight": torch.zeros(1, 32)}, tmp_path / "hq.pth")
+    for name in ("hub.pth", "hq.pth"):
+        with pytest.raises(ValueError, match=f"{name} is not as Segment Anything was published.*choose transformers"):
+            reader.read_segmenter(tmp_path / name, "segment-anything")
+    engine = pack_module("weights.engines").SEGMENT_ANYTHING
+    assert engine.check("segment-anything") is engine.check("transformers") is engine.check(None) is True
+    monkeypatch.setattr(pack_module("weights.engines"), "find_spec", lambda name: None)
+    assert "run 'pip install segment-anything'" in str(engine.check("segment-anything"))
+    assert engine.check("transformers") is True
+    with pytest.raises(ValueError, match="is not installed"):
+        reader.read_segmenter(file, "segment-anything")
+    loader = pack_module("nodes.segment").TrueFillLoadSegmenter
+    assert "is not installed" in str(loader.validate_inputs("demo", "segment-anything"))
+    assert loader.validate_inputs("demo", "transformers") is True
 
 
 def test_safetensors_and_the_hubs_layout_are_the_same_network(sam, file, tmp_path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .engines import GROUNDING_DINO, TRANSFORMERS
 from .files import read_tensors
 
 WHERE_TO_GET = (
@@ -104,44 +105,53 @@ _NEW_NAMES = tuple(
 # Queries, keys and values in one tensor.
 _JOINED = re.compile(r"^(.*\.)(?:qkv\.|in_proj_)(weight|bias)$")
 # In the published files, and of no use to the network or made anew by it.
-_UNUSED = re.compile(r"^(label_enc\.|bert\.embeddings\.position_ids$|bert\.pooler\.|.*\.relative_position_index$)")
+UNUSED = re.compile(r"^(label_enc\.|bert\.embeddings\.position_ids$|bert\.pooler\.|.*\.relative_position_index$)")
 # Made anew by transformers, of which some versions keep them in files; or of no use.
 _COMPUTED = re.compile(
     r"(relative_position_index|position_ids|\.swin\.layernorm\.\w+|\.text_backbone\.pooler\.dense\.\w+)$"
 )
 
 
-def read_detector(path: str | Path) -> Any:
-    """transformers' GroundingDinoForObjectDetection of a file, in float32 on the CPU.
+def read_detector(path: str | Path, engine: str = TRANSFORMERS) -> Any:
+    """transformers' GroundingDinoForObjectDetection of a file, in float32 on the CPU, or the groundingdino package's network.
 
-    Raises ValueError, one sentence, for a file that can't be read, one of another model, and one that is incomplete. Nothing in a
-    file is executed.
+    Raises ValueError, one sentence, for a file that can't be read, one of another model, one that is incomplete, and an engine
+    that can't run it. Nothing in a file is executed.
     """
     path = Path(path)
-    return detector_from_state(read_tensors(path, WHERE_TO_GET), path.name)
+    return detector_from_state(read_tensors(path, WHERE_TO_GET), path.name, engine)
 
 
-def detector_from_state(state: Mapping[str, torch.Tensor], name: str) -> Any:
-    """The network of a file's tensors. Raises ValueError that begins with the file's `name`."""
-    from transformers import GroundingDinoForObjectDetection
-
-    network: Any = GroundingDinoForObjectDetection
-    state = hub_names(state)
+def detector_from_state(state: Mapping[str, torch.Tensor], name: str, engine: str = TRANSFORMERS) -> Any:
+    """The network of a file's tensors. Raises ValueError that begins with the file's `name`, or is about the engine."""
+    read = _by_transformers
+    if engine == GROUNDING_DINO.name:
+        GROUNDING_DINO.require()
+        from .grounding_dino_package import network as read
     try:
-        config = _config(state)
+        model, wrong = read(state)
     except KeyError:
-        raise ValueError(_wrong(name)) from None
-    # The one way that renames for every version of transformers.
-    model, info = network.from_pretrained(
-        None, config=config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong := [key for key in wrong if not _COMPUTED.search(key)]:
+        raise ValueError(_wrong(name, engine)) from None
+    if wrong:
         raise ValueError(
             f"{name} is an incomplete or changed Grounding DINO file: {', '.join(wrong[:3])}. Download it again, or take "
             f"{WHERE_TO_GET}."
         )
     return model.float().eval().requires_grad_(False)
+
+
+def _by_transformers(state: Mapping[str, torch.Tensor]) -> tuple[Any, list[str]]:
+    """The network of a file's tensors, and the names of those that are missing, too many or of other sizes."""
+    from transformers import GroundingDinoForObjectDetection
+
+    network: Any = GroundingDinoForObjectDetection
+    state = hub_names(state)
+    # The one way that renames for every version of transformers.
+    model, info = network.from_pretrained(
+        None, config=_config(state), state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    return model, [key for key in wrong if not _COMPUTED.search(key)]
 
 
 def tokenizer() -> Any:
@@ -161,7 +171,7 @@ def hub_names(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         _new_name(part): tensor
         for key, whole in state.items()
-        if not _UNUSED.match(key)
+        if not UNUSED.match(key)
         for part, tensor in _parts(key, whole)
     }
 
@@ -207,8 +217,9 @@ def _config(state: Mapping[str, torch.Tensor]) -> Any:
     )
 
 
-def _wrong(name: str) -> str:
+def _wrong(name: str, engine: str) -> str:
+    as_published = "" if engine == TRANSFORMERS else f" as published, which the engine {engine} needs"
     return (
-        f"{name} is no Grounding DINO file: one is needed, such as groundingdino_swint_ogc.pth in models/grounding-dino: "
-        f"{WHERE_TO_GET}."
+        f"{name} is no Grounding DINO file{as_published}: one is needed, such as groundingdino_swint_ogc.pth in "
+        f"models/grounding-dino: {WHERE_TO_GET}."
     )

@@ -66,12 +66,7 @@ def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Ten
     """
     from transformers import SamConfig, SamModel
 
-    state = _renamed(state)
-    configs: dict[str, Any] = {
-        "vision_config": _vision_config(state),
-        "prompt_encoder_config": _prompt_config(state),
-        "mask_decoder_config": _decoder_config(state),
-    }
+    state, configs = configurations(state)
     with torch.device("meta"):
         if "mask_decoder.hq_token.weight" not in state:
             return SamModel(SamConfig(**configs)), state
@@ -82,6 +77,16 @@ def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Ten
         model = SamHQModel(SamHQConfig(**configs))
     _read_after_attention(model.mask_decoder)
     return model, state
+
+
+def configurations(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A file's tensors by transformers' names, and a SamConfig's parts; raises KeyError as `network` does."""
+    state = _renamed(state)
+    return state, {
+        "vision_config": _vision_config(state),
+        "prompt_encoder_config": _prompt_config(state),
+        "mask_decoder_config": _decoder_config(state),
+    }
 
 
 def _read_after_attention(decoder: Any) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from . import segment_anything, segment_anything_2
+from . import segment_anything, segment_anything_2, segment_anything_package
+from .engines import SEGMENT_ANYTHING, TRANSFORMERS
 from .files import read_tensors
 
 WHERE_TO_GET = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
@@ -23,24 +24,31 @@ _OTHERS = (
 )
 
 
-def read_segmenter(path: str | Path) -> Any:
-    """transformers' SamModel, SamHQModel or Sam2Model of a file, in float32 on the CPU.
+def read_segmenter(path: str | Path, engine: str = TRANSFORMERS) -> Any:
+    """transformers' SamModel, SamHQModel or Sam2Model of a file, in float32 on the CPU, or the segment-anything package's network.
 
-    Raises ValueError, one sentence, for a file that can't be read, one of another model, and one that is incomplete. Nothing in a
-    file is executed.
+    Raises ValueError, one sentence, for a file that can't be read, one of another model, one that is incomplete, and an engine
+    that can't run it. Nothing in a file is executed.
     """
     path = Path(path)
-    return segmenter_from_state(read_tensors(path, WHERE_TO_GET), path.name)
+    return segmenter_from_state(read_tensors(path, WHERE_TO_GET), path.name, engine)
 
 
-def segmenter_from_state(state: Mapping[str, torch.Tensor], name: str) -> Any:
-    """The network of a file's tensors. Raises ValueError that begins with the file's `name`."""
+def segmenter_from_state(state: Mapping[str, torch.Tensor], name: str, engine: str = TRANSFORMERS) -> Any:
+    """The network of a file's tensors. Raises ValueError that begins with the file's `name`, or is about the engine."""
     for key, what in _OTHERS:
         if any(found.startswith(key) for found in state):
             raise ValueError(_wrong(name, what))
     family = next((family for family in _FAMILIES if family.recognised(state)), None)
     if family is None:
         raise ValueError(_wrong(name, "something else"))
+    if engine == SEGMENT_ANYTHING.name:
+        SEGMENT_ANYTHING.require()
+        family = segment_anything_package
+        if not family.recognised(state):
+            raise ValueError(
+                f"{name} is not as Segment Anything was published, which the engine {engine} needs: choose {TRANSFORMERS}."
+            )
     try:
         model, tensors = family.network(state)
     except KeyError as error:

@@ -224,10 +224,13 @@ def _predict(
             painta = settings and Painta(rows, hole, settings.strength, settings.smooth, c)
             y = prompt.y if prompt.y is None else prompt.y.double().expand(pictures, -1)
             context = prompt.context.double().expand(pictures, -1, -1)
-            output, recorded = literal_unet(
-                unet, unet_input, timesteps, context, y, painta=painta, boundary=boundary, record=True
-            )
-            if guidance == "rasg" and role == "cond":
+            # S is about the conditional prediction alone, so nothing has to be kept of the other one.
+            scored = guidance == "rasg" and role == "cond"
+            with torch.set_grad_enabled(scored):
+                output, recorded = literal_unet(
+                    unet, unet_input, timesteps, context, y, painta=painta, boundary=boundary, record=True
+                )
+            if scored:
                 for sample in range(pictures):
                     score = score + objective(recorded, sample, tokens[sample], hole[sample : sample + 1])
             if v_prediction:
