@@ -56,9 +56,9 @@ def _variables(folder: Path) -> dict[str, str]:
     return variables
 
 
-def _call(python: Path, folder: Path, arguments: Sequence[str | Path]) -> int:
+def _call(python: Path, folder: Path, arguments: Sequence[str | Path], **variables: str) -> int:
     """Run the interpreter in the checkout with the host's folder in TRUEFILL_HOST; returns its exit code."""
-    return subprocess.run([python, *arguments], cwd=ROOT, env=_variables(folder)).returncode
+    return subprocess.run([python, *arguments], cwd=ROOT, env=_variables(folder) | variables).returncode
 
 
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
@@ -69,7 +69,9 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> int:
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
     folder, python = _prepare("pytest", "hypothesis", "xdist", "segment_anything")
     # All of them: side by side, for most need one core and wait for servers and browsers besides.
-    return _call(python, folder, ["-c", _RUN_MODULE, "pytest", *(rest or ["-n", "2", "--dist", "loadfile"])])
+    arguments = ["-c", _RUN_MODULE, "pytest", *(rest or ["-n", "2", "--dist", "loadfile"])]
+    # torch asks for huge pages: the literal forms' float64 matrices spend half of their time on small ones.
+    return _call(python, folder, arguments, THP_MEM_ALLOC_ENABLE="1")
 
 
 def _lint(options: argparse.Namespace, rest: list[str]) -> int:

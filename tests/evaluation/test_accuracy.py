@@ -112,26 +112,15 @@ def test_the_command_writes_table_rows_and_grid(tmp_path, weights):
     assert np.array_equal(cell, triplets.make_triplet("dev", 0).scene.picture)
 
 
-def test_kept_outcomes_are_gone_on_from(tmp_path, weights):
+def test_kept_outcomes_are_gone_on_from(tmp_path, weights, monkeypatch):
+    bench = pack_module("evaluation.bench_accuracy")
     kept, rows = tmp_path / "kept.jsonl", tmp_path / "rows.json"
+    command = ["bench_accuracy.py", "--split", "dev", "--models", "9-channel", "--methods", "plain", "PAIntA"]
+    command += ["--steps", "2", "--workers", "1", "--weights", str(weights), "--json", str(rows)]
 
     def run(*arguments: str) -> list[dict]:
-        command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--split", "dev", "--models", "9-channel"]
-        command += [
-            "--methods",
-            "plain",
-            "PAIntA",
-            "--steps",
-            "2",
-            "--workers",
-            "1",
-            "--weights",
-            weights,
-            "--json",
-            rows,
-        ]
-        done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        assert bench.main() == 0
         return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(rows.read_text())]
 
     run("--triplets", "1", "--outcomes", str(kept))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from devtools.client import Client, GraphFailed
+from devtools.client import Client, GraphFailed, GraphRejected
 from devtools.server import Server
 from truefill_testing.graphs import node
 from truefill_testing.host import pack_module
@@ -89,6 +89,16 @@ def expected(files: dict[str, Path]) -> tuple[torch.Tensor, list[Any]]:
     detector = detect.Detector.of(reader.read_detector(files["detector"]), reader.tokenizer())
     choice = pack_module("imaging.detections").Choice(threshold=0.0, overlap=0.5, count=COUNT)
     return strip, choice.of(detector.detect(strip, ["red cup", "spoon"]), WIDTH, HEIGHT)
+
+
+def test_an_engine_that_is_not_there_is_named_before_anything_runs(server: Client, files: dict[str, Path]) -> None:
+    made = graph("TrueFillDetect", files)
+    made["detector"]["inputs"]["engine"] = "groundingdino-py"
+    # ComfyUI's transformers is of version 5 here.
+    with pytest.raises(
+        GraphRejected, match=r"The engine groundingdino-py .*choose transformers, which answers the same"
+    ):
+        server.run(made)
 
 
 def test_boxes_labels_and_scores_of_every_picture(

@@ -80,6 +80,18 @@ def test_a_file_that_is_not_there_is_named_before_anything_runs(server: Client, 
     assert "not_there.pth" not in server.object_info()[class_type]["input"]["required"][name][1]["options"]
 
 
+def test_the_authors_package_finds_the_same(server: Client, file: Path) -> None:
+    made = graph('[{"x": 130, "y": 120}]')
+    by_default = mask(server.run(made).images["save"])
+    made["load"]["inputs"]["engine"] = "segment-anything"
+    assert (mask(server.run(made).images["save"]) != by_default).mean() < 0.001
+    made["load"]["inputs"]["segmenter"] = "demo"
+    with pytest.raises(
+        GraphFailed, match=r"is not as Segment Anything was published, which the engine segment-anything"
+    ):
+        server.run(made)
+
+
 def test_a_sam2_file_in_its_own_folder_is_listed_and_works(server: Client, file: Path) -> None:
     path = file.parent.parent / "sam2" / "truefill_sam2.1_hiera_tiny.pt"
     path.parent.mkdir(exist_ok=True)
