@@ -51,10 +51,11 @@ PILOTS = {
     "PILOT interval 5": replace(_PILOT, interval=5),
     "PILOT larger steps": replace(_PILOT, iterations=2, learning_rate=0.0625, first_learning_rate=0.0175),
     "PILOT gamma 0.8, interval 5": replace(_PILOT, gamma=0.8, interval=5),
+    "PILOT as released": PILOT(),
 }
 """PILOT for short schedules: every second step is optimised, with five iterations. Its parts as in the paper's ablation, its
-coherence scale, and ways to make fewer passes: two iterations, at 2.5 times the rates as well, and every fifth step, with the known
-latents blended in at the end as well."""
+coherence scale, and ways to make fewer passes: two iterations, at 2.5 times the rates as well, and every fifth step, with the
+known latents blended in at the end as well. As released it is meant for 100 steps."""
 
 
 @dataclass(frozen=True)

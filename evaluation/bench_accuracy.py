@@ -48,6 +48,7 @@ PILOTS = (
     "PILOT interval 5",
     "PILOT larger steps",
     "PILOT gamma 0.8, interval 5",
+    "PILOT as released",
 )
 METHODS = (*PAPER, "SBC", *PILOTS)
 MODELS = ("9-channel", "4-channel")

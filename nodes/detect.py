@@ -41,8 +41,8 @@ class TrueFillLoadDetector(io.ComfyNode):
                     default=TRANSFORMERS,
                     optional=True,
                     advanced=True,
-                    tooltip="What runs it. groundingdino-py: the authors' package, where it is installed, beside transformers below "
-                    "5; for files as published. Both answer the same.",
+                    tooltip="What runs it. groundingdino-py: the authors' package, where it is installed, with transformers below 5; "
+                    "for files as published. Both answer the same.",
                 ),
             ],
             outputs=[DetectorType.Output(display_name="DETECTOR", tooltip="For Detect and Mask From Text.")],

@@ -23,7 +23,10 @@ class Package:
         return [TRANSFORMERS, self.name]
 
     def check(self, engine: str | None) -> bool | str:
-        """For a node's `validate_inputs`: True where this engine can run, or one sentence. What another node will name is not known."""
+        """For a node's `validate_inputs`: True where this engine can run, or one sentence.
+
+        What another node will name (None) is not known yet.
+        """
         if engine != self.name:
             return True
         if find_spec(self.module) is None:

@@ -17,7 +17,7 @@ from .grounding_dino import UNUSED, tokenizer
 
 
 class PackageDino(torch.nn.Module):
-    """The package's network, which takes tokens instead of a caption. On CPUs it says so in Python: its own kernel is for CUDA."""
+    """The package's network, which is given tokens instead of a caption."""
 
     def __init__(self, swin: str) -> None:
         super().__init__()
@@ -30,7 +30,10 @@ class PackageDino(torch.nn.Module):
             self.network: Any = models.build_model(SimpleNamespace(**settings))
 
     def forward(self, pixel_values: torch.Tensor, **words: torch.Tensor) -> SimpleNamespace:
-        """`logits` [1, queries, 256] and `pred_boxes` [1, queries, 4] for normalised pixels [1, 3, H, W] and a tokenizer's output."""
+        """`logits` [1, queries, 256] and `pred_boxes` [1, queries, 4].
+
+        `pixel_values` are normalised pixels [1, 3, H, W], `words` what the tokenizer made of the text.
+        """
         from transformers import BatchEncoding
 
         self.network.tokenizer = lambda *_, **__: BatchEncoding(dict(words))

@@ -25,7 +25,7 @@ _OTHERS = (
 
 
 def read_segmenter(path: str | Path, engine: str = TRANSFORMERS) -> Any:
-    """transformers' SamModel, SamHQModel or Sam2Model of a file, in float32 on the CPU, or the segment-anything package's network.
+    """The network of a file, in float32 on the CPU: transformers' SamModel, SamHQModel or Sam2Model, or segment-anything's.
 
     Raises ValueError, one sentence, for a file that can't be read, one of another model, one that is incomplete, and an engine
     that can't run it. Nothing in a file is executed.
