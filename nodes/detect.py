@@ -41,7 +41,7 @@ class TrueFillLoadDetector(io.ComfyNode):
                     default=TRANSFORMERS,
                     optional=True,
                     advanced=True,
-                    tooltip="What runs it. groundingdino-py: the authors' package, where it is installed, with transformers below 5; "
+                    tooltip="What runs it. groundingdino-py: the authors' package, where it is installed, with transformers 4, "
                     "for files as published. Both answer the same.",
                 ),
             ],
