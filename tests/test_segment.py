@@ -194,7 +194,8 @@ def test_where_there_is_no_file_at_all_it_says_where_to_get_one() -> None:
         loader.execute("sam_vit_b_01ec64.pth")
     assert "https://" in str(loader.validate_inputs("sam_vit_b_01ec64.pth"))
     assert loader.validate_inputs("demo") is True
-    (choice,) = loader.define_schema().inputs
+    choice, engine = loader.define_schema().inputs
+    assert engine.options == ["transformers", "segment-anything"] and engine.default == "transformers"
     # A photo is not for the demo's.
     assert choice.options == ["demo"] and choice.default == "sam_vit_b_01ec64.pth"
 
