@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -381,6 +382,16 @@ class TestErrors:
         scene = scene_of()
         with pytest.raises(ValueError, match="RASG cannot change the noise of PILOTSampler"):
             self.run(scene, guidance.with_rasg(scene.patcher, RASG(eta=0.1)))
+
+    def test_the_vae_of_another_model(self) -> None:
+        scene, boxed = scene_of(), pack_module("model_patches.pilot_inpaint")
+        parts = pack_module("model_patches.diffusion").Diffusion(
+            scene.patcher, scene.positive, scene.negative, SimpleNamespace(latent_channels=16)
+        )
+        with pytest.raises(
+            ValueError, match=r"VAE makes latents of 16 channels, and the model takes 4: connect the VAE"
+        ):
+            boxed.inpaint(torch.zeros(1, 64, 64, 3), torch.ones(1, 64, 64), parts, boxed.Sampling(), PILOT(), 0.0)
 
     def test_a_flow_model(self) -> None:
         from comfy_extras.nodes_model_advanced import ModelSamplingSD3
