@@ -70,7 +70,7 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     folder, python = _prepare("pytest", "hypothesis", "xdist", "segment_anything")
     # All of them: side by side, for most need one core and wait for servers and browsers besides.
     arguments = ["-c", _RUN_MODULE, "pytest", *(rest or ["-n", "2", "--dist", "loadfile"])]
-    # torch asks for huge pages: the literal forms' float64 matrices spend half of their time on small ones.
+    # torch asks for huge pages: the literal forms make and drop large matrices all the time.
     return _call(python, folder, arguments, THP_MEM_ALLOC_ENABLE="1")
 
 

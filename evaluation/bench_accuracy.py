@@ -35,23 +35,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
+from truefill_testing.host import pack_module  # noqa: E402
 
 # HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
 PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
-PILOTS = (
-    "PILOT",
-    "PILOT L_bg",
-    "PILOT L_bg + L_sc",
-    *(f"PILOT gamma {gamma}" for gamma in (0.2, 0.4, 0.6, 0.8)),
-    "PILOT iterations 2",
-    "PILOT interval 5",
-    "PILOT larger steps",
-    "PILOT gamma 0.8, interval 5",
-    "PILOT as released",
-)
-METHODS = (*PAPER, "SBC", *PILOTS)
-MODELS = ("9-channel", "4-channel")
 GRID_TRIPLETS = 8
 LOG_LINES = 15
 WEIGHTS = ROOT / "weights" / "demo"
@@ -59,14 +46,15 @@ WEIGHTS = ROOT / "weights" / "demo"
 
 def parse() -> argparse.Namespace:
     """The command line's options."""
+    accuracy = pack_module("evaluation.accuracy")
+    models = list(accuracy.MODELS)
+    known = list(dict.fromkeys(row.name for row in accuracy.methods(models, [0.0])))
     parser = argparse.ArgumentParser(prog="python dev.py bench accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--triplets", type=int, default=500, metavar="N", help="how many (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first triplet (default: 0)")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: both")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(PAPER), help="default: those of HD-Painter"
-    )
+    parser.add_argument("--models", nargs="+", choices=models, default=models, help="default: both")
+    parser.add_argument("--methods", nargs="+", choices=known, default=list(PAPER), help="default: those of HD-Painter")
     parser.add_argument("--etas", type=float, nargs="+", help="etas for RASG (default: the node's)")
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
@@ -343,7 +331,6 @@ def write_grid(options: argparse.Namespace, rows: Sequence[Any], folder: Path) -
 def main() -> int:
     """Run the benchmark."""
     options = parse()
-    ensure_host()
     if options.share:
         work(options)
         return 0

@@ -33,26 +33,9 @@ pilot = pack_module("model_patches.pilot")
 show_table = pack_module("evaluation.tables").show_table
 unets = pack_module("model_patches.unet")
 
-SDXL = {
-    "image_size": 32,
-    "out_channels": 4,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": (1, 2, 4),
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "num_head_channels": 64,
-    "use_spatial_transformer": True,
-    "use_linear_in_transformer": True,
-    "legacy": False,
-    "context_dim": 2048,
-    "adm_in_channels": 2816,
-    "num_classes": "sequential",
-}
 FAMILIES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "SD": (full_size.SD15, torch.float32),
-    "SDXL": (SDXL, torch.bfloat16),
+    "SDXL": (full_size.SDXL, torch.bfloat16),
 }
 CELLS = (16, 32)
 

@@ -32,6 +32,7 @@ from truefill_testing.random_dino import random_dino  # noqa: E402
 from truefill_testing.random_segmenters import sam2_state, smooth_picture  # noqa: E402
 
 detect = pack_module("model_patches.detect")
+detectors = pack_module("weights.detectors")
 grounding_dino = pack_module("weights.grounding_dino")
 PeakMemory = pack_module("evaluation.memory").PeakMemory
 segment = pack_module("model_patches.segment")
@@ -53,7 +54,7 @@ def weights(network: str) -> dict[str, torch.Tensor]:
 def detector_row(height: int, width: int) -> dict[str, Any]:
     """The detector's figures: it looks at a picture anew for every text."""
     detector = detect.Detector.of(
-        grounding_dino.detector_from_state(random_dino(), "dino_swin_t"), grounding_dino.tokenizer()
+        detectors.detector_from_state(random_dino(), "dino_swin_t"), grounding_dino.tokenizer()
     )
     detector.detect(smooth_picture(height, width, seed=1), ["cup"])
     with PeakMemory(comfy.model_management.get_torch_device()) as memory:

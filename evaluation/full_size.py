@@ -32,6 +32,23 @@ SD15 = {
     "context_dim": 768,
     "adm_in_channels": None,
 }
+SDXL = {
+    "image_size": 32,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": (1, 2, 4),
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+    "context_dim": 2048,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
 
 
 def full_size_model(device: torch.device, dtype: torch.dtype, inpainting: bool) -> comfy.model_patcher.ModelPatcher:

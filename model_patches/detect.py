@@ -25,7 +25,7 @@ _MOST_TOKENS = 256
 
 @dataclass
 class Detector:
-    """transformers' GroundingDinoForObjectDetection, placed by the host, and its tokenizer."""
+    """transformers' GroundingDinoForObjectDetection, or what has its interface, placed by the host, and its tokenizer."""
 
     patcher: ModelPatcher
     tokenizer: Any

@@ -10,10 +10,12 @@ from typing_extensions import Self, TypedDict, Unpack
 from ..imaging.detections import PICKS, Choice, Detection, Pick, shown, split_phrases
 from ..model_patches.detect import Detector, detect_batch
 from ..model_patches.segment import Prompt, Segmenter, segment_batch
+from ..weights.detectors import WHERE_TO_GET, read_detector
 from ..weights.engines import GROUNDING_DINO, TRANSFORMERS
-from ..weights.grounding_dino import WHERE_TO_GET, read_detector, tokenizer
+from ..weights.grounding_dino import tokenizer
 from .files import ModelFiles
 from .segment import SegmenterType
+from .widgets import engine_input
 
 FILES = ModelFiles(("grounding-dino", "groundingdino"), "Grounding DINO", WHERE_TO_GET)
 
@@ -35,15 +37,7 @@ class TrueFillLoadDetector(io.ComfyNode):
                     options=FILES.names(),
                     tooltip="The file, in models/grounding-dino or models/groundingdino: .pth, .pt or .safetensors.",
                 ),
-                io.Combo.Input(
-                    "engine",
-                    options=GROUNDING_DINO.engines,
-                    default=TRANSFORMERS,
-                    optional=True,
-                    advanced=True,
-                    tooltip="What runs it. groundingdino-py: the authors' package, where it is installed, with transformers 4, "
-                    "for files as published. Both answer the same.",
-                ),
+                engine_input(GROUNDING_DINO),
             ],
             outputs=[DetectorType.Output(display_name="DETECTOR", tooltip="For Detect and Mask From Text.")],
         )

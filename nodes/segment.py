@@ -12,6 +12,7 @@ from ..weights import demo_model
 from ..weights.engines import SEGMENT_ANYTHING, TRANSFORMERS
 from ..weights.segmenters import WHERE_TO_GET, read_segmenter
 from .files import ModelFiles
+from .widgets import engine_input
 
 DEMO = "demo"
 FILES = ModelFiles(
@@ -62,15 +63,7 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                     tooltip="The file, in models/sams or models/sam2: .pth, .pt or .safetensors. Its contents tell what it is. "
                     "demo: ships with the pack, and knows only the demo model's world.",
                 ),
-                io.Combo.Input(
-                    "engine",
-                    options=SEGMENT_ANYTHING.engines,
-                    default=TRANSFORMERS,
-                    optional=True,
-                    advanced=True,
-                    tooltip="What runs it. segment-anything: the authors' package, where it is installed; for Segment Anything "
-                    "files as published. Both answer the same.",
-                ),
+                engine_input(SEGMENT_ANYTHING),
             ],
             outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],
         )

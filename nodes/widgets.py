@@ -3,6 +3,8 @@
 from comfy.samplers import KSampler
 from comfy_api.latest import io
 
+from ..weights.engines import TRANSFORMERS, Package
+
 
 def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
@@ -23,4 +25,16 @@ def hole_input() -> io.Mask.Input:
         optional=True,
         tooltip="The hole (white). Only needed where neither the latent nor the conditioning carries the mask; where it is "
         "connected it counts.",
+    )
+
+
+def engine_input(package: Package) -> io.Combo.Input:
+    return io.Combo.Input(
+        "engine",
+        options=[TRANSFORMERS, package.name],
+        default=TRANSFORMERS,
+        optional=True,
+        advanced=True,
+        tooltip=f"What runs it. {package.name}: its authors' package, where it is installed, for files as they were published. "
+        "Both answer the same.",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +15,8 @@ from truefill_testing.host import pack_module
 from truefill_testing.random_dino import PUBLISHED, random_dino
 from truefill_testing.random_tensors import squares
 
-reader = pack_module("weights.grounding_dino")
+reader = pack_module("weights.detectors")
+dino = pack_module("weights.grounding_dino")
 detect = pack_module("model_patches.detect")
 
 PACKAGE = pack_module("weights.engines").GROUNDING_DINO
@@ -41,11 +44,11 @@ def network(state, tmp_path_factory) -> Any:
 
 @pytest.fixture(scope="module")
 def detector(network) -> Any:
-    return detect.Detector.of(network, reader.tokenizer())
+    return detect.Detector.of(network, dino.tokenizer())
 
 
 def answers(network: Any, pixels: torch.Tensor, text: str) -> Any:
-    words = reader.tokenizer()([text], return_tensors="pt")
+    words = dino.tokenizer()([text], return_tensors="pt")
     with torch.inference_mode():
         return network(pixel_values=((pixels - MEAN) / DEVIATION)[None], **words)
 
@@ -69,14 +72,89 @@ def test_both_engines_answer_the_same(network, state) -> None:
     assert float(same.float().mean()) > 0.98
     apart = (theirs.logits[0, same, :7] - ours.logits[0, same, :7]).abs()
     assert float(apart.max()) < 1e-4 * float(ours.logits[0, :, :7].abs().max())
-    found = detect.Detector.of(package, reader.tokenizer()).detect(squares(120, 150), ["red cup", "spoon"])
+    found = detect.Detector.of(package, dino.tokenizer()).detect(squares(120, 150), ["red cup", "spoon"])
     assert len(found) == 900 and {one.label for one in found} <= {"red cup", "spoon"}
-    with pytest.raises(ValueError, match=r"hub\.safetensors is no Grounding DINO file as published"):
-        reader.detector_from_state(reader.hub_names(state), "hub.safetensors", PACKAGE.name)
-    changed = {**state, "feat_map.bias": torch.zeros(3), "more": torch.zeros(1)}
-    del changed["transformer.level_embed"]
-    with pytest.raises(ValueError, match=r"file: feat_map\.bias, more, transformer\.level_embed\. Download"):
+
+
+class PackageNetwork(torch.nn.Module):
+    """What our engine touches of the groundingdino package's network: BERT, a tokenizer, captions, a dictionary of answers."""
+
+    def __init__(self, settings: Any) -> None:
+        super().__init__()
+        library = sys.modules["groundingdino.util.get_tokenlizer"]
+        self.settings = settings
+        self.tokenizer = library.get_tokenlizer("bert-base-uncased")
+        self.bert = library.get_pretrained_language_model("bert-base-uncased").embeddings
+        self.stop = self.tokenizer.convert_tokens_to_ids(".")
+        self.backbone = torch.nn.ModuleList([torch.nn.ModuleDict({"patch_embed": torch.nn.ModuleDict()})])
+        self.backbone[0]["patch_embed"]["proj"] = torch.nn.Conv2d(3, 96, 4, 4)
+
+    def forward(self, pixels: torch.Tensor, captions: list[str]) -> dict[str, torch.Tensor]:
+        words = self.tokenizer(captions, padding="longest", return_tensors="pt").to(pixels.device)
+        logits = torch.full((1, 2, 256), -torch.inf)
+        # One query for each of the two phrases: where its first token stands.
+        starts = [1, 1 + int((words.input_ids[0] == self.stop).nonzero()[0])]
+        logits[0, [0, 1], starts] = torch.tensor([2.0, 1.0])
+        seen = self.backbone[0]["patch_embed"]["proj"](pixels).mean() * 0
+        return {
+            "pred_logits": logits,
+            "pred_boxes": torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.2, 0.2, 0.2, 0.2]]]) + seen,
+        }
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A package in groundingdino's place, as it could be with any transformers; what it was before our engine built with it."""
+    tokenizers = ModuleType("groundingdino.util.get_tokenlizer")
+    before = {
+        name: lambda _, name=name: pytest.fail(name) for name in ("get_tokenlizer", "get_pretrained_language_model")
+    }
+    vars(tokenizers).update(before)
+    models, config = ModuleType("groundingdino.models"), ModuleType("groundingdino.config.GroundingDINO_SwinT_OGC")
+    models.build_model = PackageNetwork
+    vars(config).update(backbone="swin_T_224_1k", use_checkpoint=True, use_transformer_ckpt=True)
+    for name in ("groundingdino", "groundingdino.util", "groundingdino.config"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for module in (tokenizers, models, config):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(pack_module("weights.engines").Package, "check", lambda package, engine: True)
+    yield before
+    assert {name: getattr(tokenizers, name) for name in before} == before
+
+
+def test_the_packages_network_is_built_without_a_download_and_given_our_tokens(package) -> None:
+    from transformers import BertConfig, BertModel
+
+    proj = torch.nn.Conv2d(3, 96, 4, 4).state_dict()
+    bert = BertModel(BertConfig()).embeddings.state_dict()
+    state = {f"module.backbone.0.patch_embed.proj.{key}": tensor for key, tensor in proj.items()}
+    state |= {f"module.bert.{key}": tensor for key, tensor in bert.items()} | {
+        "module.label_enc.weight": torch.zeros(3)
+    }
+    network = reader.detector_from_state(state, "dino.pth", PACKAGE.name)
+    inner = network.network
+    settings = inner.settings
+    assert (settings.backbone, settings.use_checkpoint, settings.use_transformer_ckpt) == (
+        "swin_T_224_1k",
+        False,
+        False,
+    )
+    assert torch.equal(inner.bert.word_embeddings.weight, bert["word_embeddings.weight"])
+    assert not any(weight.requires_grad for weight in network.parameters())
+    found = detect.Detector.of(network, dino.tokenizer()).detect(squares(40, 50), ["red cup", "spoon"])
+    assert [one.label for one in found] == ["red cup", "spoon"]
+    assert found[0].score == pytest.approx(torch.tensor(2.0).sigmoid().item())
+    assert found[0].box == pytest.approx((20.0, 12.0, 30.0, 28.0))
+    # Missing, too many, of another size, and the hub's layout.
+    changed = {**state, "module.backbone.0.patch_embed.proj.bias": torch.zeros(3), "module.more": torch.zeros(1)}
+    del changed["module.bert.LayerNorm.bias"]
+    says = r"file: backbone\.0\.patch_embed\.proj\.bias, bert\.LayerNorm\.bias, more\. Download"
+    with pytest.raises(ValueError, match=says):
         reader.detector_from_state(changed, "dino.pth", PACKAGE.name)
+    with pytest.raises(
+        ValueError, match=r"hub\.pth is no Grounding DINO file as published, which the engine groundingdino-py"
+    ):
+        reader.detector_from_state({"model.level_embed": torch.zeros(1)}, "hub.pth", PACKAGE.name)
 
 
 def test_a_package_that_can_not_run_is_said(state, monkeypatch) -> None:
@@ -96,7 +174,7 @@ def test_a_package_that_can_not_run_is_said(state, monkeypatch) -> None:
 
 
 def test_the_hubs_layout_is_the_same_network(network, state, tmp_path) -> None:
-    save_file({key: tensor.clone() for key, tensor in reader.hub_names(state).items()}, tmp_path / "hub.safetensors")
+    save_file({key: tensor.clone() for key, tensor in dino.hub_names(state).items()}, tmp_path / "hub.safetensors")
     again = reader.read_detector(tmp_path / "hub.safetensors")
     mine, theirs = network.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -110,6 +110,25 @@ def test_both_engines_answer_the_same(file, name: str, size: tuple[int, int]) ->
     assert package.memory == ours.memory
 
 
+def test_the_package_stays_in_single_precision(file, monkeypatch) -> None:
+    node = pack_module("nodes.segment")
+    monkeypatch.setattr(segment.comfy.model_management, "should_use_fp16", lambda device: True)
+    monkeypatch.setattr(node.FILES, "path", lambda name: str(file))
+    for engine, dtype in (("transformers", torch.float16), ("segment-anything", torch.float32)):
+        (segmenter,) = node.TrueFillLoadSegmenter.execute("small.pth", engine).result
+        assert {weight.dtype for weight in segmenter.patcher.model.parameters()} == {dtype}
+        assert segmenter.segment(picture(61, 77), [PROMPTS["points"]])[0].logits.isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ["transformers", "segment-anything"])
+def test_a_tensor_of_another_size_is_named(sam, engine: str) -> None:
+    changed = {**sam.state_dict(), "mask_decoder.iou_token.weight": torch.zeros(2, 5)}
+    with pytest.raises(
+        ValueError, match=r"^small\.pth is an incomplete or changed segmenter file: .*iou_token\.weight\. Down"
+    ):
+        reader.segmenter_from_state(changed, "small.pth", engine)
+
+
 def test_what_the_package_can_not_run_is_said(sam, file, tmp_path, monkeypatch) -> None:
     torch.save(reader.read_segmenter(file).state_dict(), tmp_path / "hub.pth")
     torch.save({**sam.state_dict(), "mask_decoder.hf_token.weight": torch.zeros(1, 32)}, tmp_path / "hq.pth")

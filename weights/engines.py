@@ -17,11 +17,6 @@ class Package:
     module: str
     fails_from: int | None = None
 
-    @property
-    def engines(self) -> list[str]:
-        """What a node offers: the default, and this package."""
-        return [TRANSFORMERS, self.name]
-
     def check(self, engine: str | None) -> bool | str:
         """For a node's `validate_inputs`: True where this engine can run, or one sentence.
 

@@ -26,3 +26,10 @@ def read_tensors(path: Path, where_to_get: str) -> Mapping[str, torch.Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{path.name} holds other things than weights: take {where_to_get}.")
     return state
+
+
+def differing(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of a file's tensors that are missing, too many or of other sizes."""
+    names = expected.keys() | given.keys()
+    both = expected.keys() & given.keys()
+    return sorted(name for name in names if name not in both or expected[name].shape != given[name].shape)

@@ -13,12 +13,6 @@ from typing import Any
 
 import torch
 
-from .engines import GROUNDING_DINO, TRANSFORMERS
-from .files import read_tensors
-
-WHERE_TO_GET = (
-    "https://github.com/IDEA-Research/GroundingDINO/releases/download/v0.1.0-alpha/groundingdino_swint_ogc.pth"
-)
 VOCABULARY = Path(__file__).parent / "bert"
 """A folder with the vocabulary of BERT base, uncased."""
 
@@ -112,42 +106,18 @@ _COMPUTED = re.compile(
 )
 
 
-def read_detector(path: str | Path, engine: str = TRANSFORMERS) -> Any:
-    """transformers' GroundingDinoForObjectDetection of a file, in float32 on the CPU, or the groundingdino package's network.
+def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, list[str]]:
+    """transformers' GroundingDinoForObjectDetection of a file's tensors, and the names of those that are missing, too many or of
+    other sizes.
 
-    Raises ValueError, one sentence, for a file that can't be read, one of another model, one that is incomplete, and an engine
-    that can't run it. Nothing in a file is executed.
+    Raises KeyError where a tensor that tells a size is missing.
     """
-    path = Path(path)
-    return detector_from_state(read_tensors(path, WHERE_TO_GET), path.name, engine)
-
-
-def detector_from_state(state: Mapping[str, torch.Tensor], name: str, engine: str = TRANSFORMERS) -> Any:
-    """The network of a file's tensors. Raises ValueError that begins with the file's `name`, or is about the engine."""
-    read = _by_transformers
-    if engine == GROUNDING_DINO.name:
-        GROUNDING_DINO.require()
-        from .grounding_dino_package import network as read
-    try:
-        model, wrong = read(state)
-    except KeyError:
-        raise ValueError(_wrong(name, engine)) from None
-    if wrong:
-        raise ValueError(
-            f"{name} is an incomplete or changed Grounding DINO file: {', '.join(wrong[:3])}. Download it again, or take "
-            f"{WHERE_TO_GET}."
-        )
-    return model.float().eval().requires_grad_(False)
-
-
-def _by_transformers(state: Mapping[str, torch.Tensor]) -> tuple[Any, list[str]]:
-    """The network of a file's tensors, and the names of those that are missing, too many or of other sizes."""
     from transformers import GroundingDinoForObjectDetection
 
-    network: Any = GroundingDinoForObjectDetection
+    library: Any = GroundingDinoForObjectDetection
     state = hub_names(state)
     # The one way that renames for every version of transformers.
-    model, info = network.from_pretrained(
+    model, info = library.from_pretrained(
         None, config=_config(state), state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
     )
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -214,12 +184,4 @@ def _config(state: Mapping[str, torch.Tensor]) -> Any:
         ),
         num_queries=state["model.query_position_embeddings.weight"].shape[0],
         d_model=state["model.text_projection.weight"].shape[0],
-    )
-
-
-def _wrong(name: str, engine: str) -> str:
-    as_published = "" if engine == TRANSFORMERS else f" as published, which the engine {engine} needs"
-    return (
-        f"{name} is no Grounding DINO file{as_published}: one is needed, such as groundingdino_swint_ogc.pth in "
-        f"models/grounding-dino: {WHERE_TO_GET}."
     )

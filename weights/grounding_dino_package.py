@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .files import differing
 from .grounding_dino import UNUSED, tokenizer
 
 
@@ -49,11 +50,13 @@ def network(state: Mapping[str, torch.Tensor]) -> tuple[PackageDino, list[str]]:
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     width = state["backbone.0.patch_embed.proj.weight"].shape[0]
     model = PackageDino({96: "SwinT_OGC", 128: "SwinB_cfg"}[width])
-    sizes = {key: tensor.shape for key, tensor in model.network.state_dict().items() if not UNUSED.match(key)}
-    kept = {key: tensor for key, tensor in state.items() if not UNUSED.match(key)}
-    fitting = {key: tensor for key, tensor in kept.items() if tensor.shape == sizes.get(key)}
-    model.network.load_state_dict(fitting, strict=False)
-    return model, sorted((sizes.keys() | kept.keys()) - fitting.keys())
+    needed, given = (
+        {key: tensor for key, tensor in tensors.items() if not UNUSED.match(key)}
+        for tensors in (model.network.state_dict(), state)
+    )
+    if not (wrong := differing(needed, given)):
+        model.network.load_state_dict(given, strict=False)
+    return model, wrong
 
 
 @contextmanager

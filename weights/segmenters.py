@@ -11,7 +11,7 @@ import torch
 
 from . import segment_anything, segment_anything_2, segment_anything_package
 from .engines import SEGMENT_ANYTHING, TRANSFORMERS
-from .files import read_tensors
+from .files import differing, read_tensors
 
 WHERE_TO_GET = "https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth"
 
@@ -60,9 +60,9 @@ def segmenter_from_state(state: Mapping[str, torch.Tensor], name: str, engine: s
         ) from error
     except segment_anything_2.UnknownSize as error:
         raise ValueError(_wrong(name, str(error))) from None
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
-    if missing or unexpected:
-        raise ValueError(_incomplete(name, ", ".join([*missing, *unexpected][:3])))
+    if wrong := differing(model.state_dict(), tensors):
+        raise ValueError(_incomplete(name, ", ".join(wrong[:3])))
+    model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
 
 

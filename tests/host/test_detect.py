@@ -85,8 +85,9 @@ def expected(files: dict[str, Path]) -> tuple[torch.Tensor, list[Any]]:
     """The strip, and what counts of what the detector finds in it, in this process."""
     photo, _ = pack_module("imaging.examples").load_example("coffee")
     strip = photo[0, 100 : 100 + HEIGHT, :WIDTH]
-    reader, detect = pack_module("weights.grounding_dino"), pack_module("model_patches.detect")
-    detector = detect.Detector.of(reader.read_detector(files["detector"]), reader.tokenizer())
+    reader, detect = pack_module("weights.detectors"), pack_module("model_patches.detect")
+    tokenizer = pack_module("weights.grounding_dino").tokenizer()
+    detector = detect.Detector.of(reader.read_detector(files["detector"]), tokenizer)
     choice = pack_module("imaging.detections").Choice(threshold=0.0, overlap=0.5, count=COUNT)
     return strip, choice.of(detector.detect(strip, ["red cup", "spoon"]), WIDTH, HEIGHT)
 
