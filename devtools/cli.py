@@ -96,7 +96,9 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     folder, python = _prepare()
-    process = subprocess.Popen([python, ROOT / "training" / "demo.py", *rest], cwd=ROOT, env=_variables(folder))
+    process = subprocess.Popen(
+        [python, ROOT / "training" / "demo" / "command.py", *rest], cwd=ROOT, env=_variables(folder)
+    )
     while True:
         try:
             return process.wait()

@@ -20,12 +20,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_extras.nodes_mask import composite
 
-from ..model_patches.boundary import SemanticBoundary
-from ..model_patches.guidance import with_boundary, with_painta, with_rasg
-from ..model_patches.painta import PAIntA
-from ..model_patches.pilot import PILOT, pilot_sampler
-from ..model_patches.prompt_tokens import encode_prompt
-from ..model_patches.rasg import RASG
+from ..model_patches.core.guidance import with_boundary, with_painta, with_rasg
+from ..model_patches.core.prompt_tokens import encode_prompt
+from ..model_patches.hd_painter.painta import PAIntA
+from ..model_patches.hd_painter.rasg import RASG
+from ..model_patches.pilot.sampler import PILOT, pilot_sampler
+from ..model_patches.pilot.semantic_boundary import SemanticBoundary
 from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, generator
 from ..training.world.backgrounds import BACKGROUNDS, PHRASES
 from ..training.world.captions import local_caption

@@ -83,7 +83,7 @@ def tasks(options: argparse.Namespace) -> list[Any]:
     if options.captions:
         return [None]
     accuracy = pack_module("evaluation.accuracy")
-    rasg = pack_module("model_patches.rasg").RASG
+    rasg = pack_module("model_patches.hd_painter.rasg").RASG
     found = accuracy.methods(options.models, options.etas or [rasg().eta])
     return [method for method in found if method.name in options.methods]
 
@@ -310,7 +310,7 @@ def write_grid(options: argparse.Namespace, rows: Sequence[Any], folder: Path) -
     import numpy as np
     from PIL import Image
 
-    samples = pack_module("training.samples")
+    samples = pack_module("training.demo.samples")
     lines, captions = [], []
     for place, index in list(enumerate(numbers(options)))[:GRID_TRIPLETS]:
         made = [np.asarray(Image.open(folder / f"{place}-{number}.png")) for number in range(len(rows))]

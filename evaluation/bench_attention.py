@@ -32,20 +32,20 @@ import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 
-guidance = pack_module("model_patches.guidance")
+guidance = pack_module("model_patches.core.guidance")
 full_size = pack_module("evaluation.full_size")
-PAIntA = pack_module("model_patches.painta").PAIntA
-RASG = pack_module("model_patches.rasg").RASG
-SemanticBoundary = pack_module("model_patches.boundary").SemanticBoundary
+PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
+RASG = pack_module("model_patches.hd_painter.rasg").RASG
+SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
 
 EULER = comfy.samplers.sampler_object("euler")
 
 
 def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> None:
     """One step of PAIntA with the whole score matrix of each head, multiplied and softmaxed in the open."""
-    relevance = pack_module("model_patches.painta").prompt_relevance
+    relevance = pack_module("model_patches.hd_painter.painta").prompt_relevance
     hole_cells = pack_module("imaging.masks").hole_cells
-    places = pack_module("model_patches.unet").transformer_places(model.model.diffusion_model)
+    places = pack_module("model_patches.core.unet_attention").transformer_places(model.model.diffusion_model)
     tokens = scene.sides[0][0][1]["truefill_prompt_tokens"]
     context = scene.sides[0][0][0]
     model = model.clone()
@@ -80,10 +80,10 @@ def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> 
 
 def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> None:
     """One RASG step as released: whole graph, both halves, weights that require gradients; then Euler's step."""
-    attention_score = pack_module("model_patches.rasg").attention_score
+    attention_score = pack_module("model_patches.hd_painter.rasg").attention_score
     hole_cells = pack_module("imaging.masks").hole_cells
     unet = model.model.diffusion_model
-    places = [t for t in pack_module("model_patches.unet").transformer_places(unet) if t.factor == 4]
+    places = [t for t in pack_module("model_patches.core.unet_attention").transformer_places(unet) if t.factor == 4]
     device, dtype = next(unet.parameters()).device, unet.dtype
     maps: list[torch.Tensor] = []
     tokens = scene.sides[0][0][1]["truefill_prompt_tokens"][0]

@@ -26,12 +26,12 @@ import torch  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
 
-chunks = pack_module("model_patches.chunks")
-centralisation = pack_module("model_patches.centralisation")
+chunks = pack_module("model_patches.core.call_rows")
+centralisation = pack_module("model_patches.pilot.semantic_centralisation")
 full_size = pack_module("evaluation.full_size")
-pilot = pack_module("model_patches.pilot")
+pilot = pack_module("model_patches.pilot.sampler")
 show_table = pack_module("evaluation.tables").show_table
-unets = pack_module("model_patches.unet")
+unets = pack_module("model_patches.core.unet_attention")
 
 FAMILIES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "SD": (full_size.SD15, torch.float32),

@@ -34,11 +34,11 @@ import comfy.model_management  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 
-boundary = pack_module("model_patches.boundary")
+boundary = pack_module("model_patches.pilot.semantic_boundary")
 full_size = pack_module("evaluation.full_size")
-pilot = pack_module("model_patches.pilot")
+pilot = pack_module("model_patches.pilot.sampler")
 show_table = pack_module("evaluation.tables").show_table
-transformer_places = pack_module("model_patches.unet").transformer_places
+transformer_places = pack_module("model_patches.core.unet_attention").transformer_places
 
 SIGMA = 10.0
 PASSES, GUIDED_STEPS = 100, 100

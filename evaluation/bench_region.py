@@ -196,7 +196,7 @@ def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dic
 
     By the host's formulas; the one for decoding counts 64 pixels for each cell of a latent, of which this VAE has 16.
     """
-    upscale = pack_module("model_patches.upscale")
+    upscale = pack_module("model_patches.hd_painter.super_resolution")
     config = comfy.supported_models.SD_X4Upscaler(upscaler_config(256, 1024))
     config.set_inference_dtype(torch.float16, None)
     cpu = torch.device("cpu")

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 accuracy = pack_module("evaluation.accuracy")
 show_table = pack_module("evaluation.tables").show_table
 metrics = pack_module("evaluation.metrics")
-rasg = pack_module("model_patches.rasg")
+rasg = pack_module("model_patches.hd_painter.rasg")
 scenes = pack_module("training.world.scenes")
 world = pack_module("training.world.attributes")
 make_triplet = pack_module("training.world.triplets").make_triplet

@@ -31,11 +31,11 @@ import torch  # noqa: E402
 from truefill_testing.random_dino import random_dino  # noqa: E402
 from truefill_testing.random_segmenters import sam2_state, smooth_picture  # noqa: E402
 
-detect = pack_module("model_patches.detect")
+detect = pack_module("selection.detectors")
 detectors = pack_module("weights.detectors")
 grounding_dino = pack_module("weights.grounding_dino")
 PeakMemory = pack_module("evaluation.memory").PeakMemory
-segment = pack_module("model_patches.segment")
+segment = pack_module("selection.segmenters")
 segmenters = pack_module("weights.segmenters")
 show_table = pack_module("evaluation.tables").show_table
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..training.classifier import Classifier
-from ..training.latents import as_pixels
+from ..training.demo.classifier_network import Classifier
+from ..training.demo.latents import as_pixels
 from ..training.world.attributes import COLOURS, SHAPES
 from ..training.world.crops import NOTHING, cut
 from ..weights.demo_model import FOLDER, read

@@ -48,13 +48,15 @@ def coverage(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def hole_cells(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Which cells of a grid of `size` (height, width) belong to the hole: those covered by more than half.
+    """Which cells of a grid of `size` (height, width) belong to the hole: those of which at least half is hole.
 
-    A hole too small to cover half of any cell keeps the cell (or cells) it covers most, so that no hole is lost at a
-    coarse level. `mask` is [B, 1, H, W]; the result is a bool tensor [B, height, width].
+    A cell that is exactly half hole counts, as in HD-Painter's released code. A hole too small to cover half of any cell keeps
+    the cell (or cells) it covers most, so that no hole is lost at a coarse level. `mask` is [B, 1, H, W]; the result is a bool
+    tensor [B, height, width].
     """
     covered = coverage(mask, size)[:, 0]
-    cells = covered > 0.5
+    # An area mean of exactly a half may come out a rounding below it.
+    cells = covered >= 0.5 - 1e-6
     most = covered.amax(dim=(1, 2), keepdim=True)
     lost = ~cells.any(dim=2, keepdim=True).any(dim=1, keepdim=True) & (most > 0)
     return cells | (lost & (covered == most))

@@ -6,7 +6,7 @@ from .compare import TrueFillCompare
 from .condition import TrueFillEncodePrompt
 from .detect import TrueFillDetect, TrueFillLoadDetector, TrueFillMaskFromText
 from .finish import TrueFillHarmonize, TrueFillStitchRegion
-from .guide import TrueFillPAIntA, TrueFillRASG, TrueFillSemanticBoundary
+from .hd_painter import TrueFillPAIntA, TrueFillRASG, TrueFillSemanticBoundary
 from .load import TrueFillDemoModel
 from .mask import (
     TrueFillCleanMask,
@@ -15,9 +15,9 @@ from .mask import (
     TrueFillGrowMask,
     TrueFillMaskShape,
 )
+from .pilot import TrueFillPILOT, TrueFillPILOTSampler
 from .region import TrueFillCropRegion, TrueFillFillHole
-from .sample import TrueFillPILOT, TrueFillPILOTSampler
-from .segment import TrueFillLoadSegmenter, TrueFillPoints, TrueFillSegment
+from .selection import TrueFillLoadSegmenter, TrueFillPoints, TrueFillSegment
 from .upscale import TrueFillBlendKnown, TrueFillUpscale
 
 

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..model_patches.prompt_tokens import QUALITY_SUFFIX, encode_prompt
+from ..model_patches.core.prompt_tokens import QUALITY_SUFFIX, encode_prompt
 
 
 class TrueFillEncodePrompt(io.ComfyNode):

@@ -8,14 +8,14 @@ from comfy_api.latest import io, ui
 from typing_extensions import Self, TypedDict, Unpack
 
 from ..imaging.detections import PICKS, Choice, Detection, Pick, shown, split_phrases
-from ..model_patches.detect import Detector, detect_batch
-from ..model_patches.segment import Prompt, Segmenter, segment_batch
+from ..selection.detectors import Detector, detect_batch
+from ..selection.segmenters import Prompt, Segmenter, segment_batch
 from ..weights.detectors import WHERE_TO_GET, read_detector
 from ..weights.engines import GROUNDING_DINO, TRANSFORMERS
 from ..weights.grounding_dino import tokenizer
-from .files import ModelFiles
-from .segment import SegmenterType
-from .widgets import engine_input
+from .model_files import ModelFiles
+from .schema import engine_input
+from .selection import SegmenterType
 
 FILES = ModelFiles(("grounding-dino", "groundingdino"), "Grounding DINO", WHERE_TO_GET)
 

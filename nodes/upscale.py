@@ -4,12 +4,12 @@ from comfy.samplers import KSampler
 from comfy_api.latest import io
 
 from ..imaging.harmonise import ColourMode, Harmony, Mode
-from ..model_patches.diffusion import Diffusion
-from ..model_patches.known import with_known
-from ..model_patches.upscale import MAX_NOISE_LEVEL, Layout, Sampling, upscale_hole
+from ..model_patches.core.diffusion import Diffusion
+from ..model_patches.hd_painter.known_blending import with_known
+from ..model_patches.hd_painter.super_resolution import MAX_NOISE_LEVEL, Layout, Sampling, upscale_hole
 from .announce import announcer
 from .finish import harmonise_inputs
-from .widgets import cfg_input, scheduler_input, seed_input
+from .schema import cfg_input, scheduler_input, seed_input
 
 
 class TrueFillUpscale(io.ComfyNode):

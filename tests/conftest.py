@@ -22,7 +22,7 @@ def pack() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def pack_module() -> Callable[[str], ModuleType]:
-    """A function that imports one module of the pack: `pack_module("model_patches.painta")`."""
+    """A function that imports one module of the pack: `pack_module("model_patches.hd_painter.painta")`."""
     return host.pack_module
 
 

@@ -195,6 +195,6 @@ def test_help_page_has_a_row_for_each_input_with_its_default_and_range(pack_node
 
 
 def test_help_page_of_rasg_names_every_stochastic_form(pack_module: Callable[[str], ModuleType]) -> None:
-    forms = pack_module("model_patches.stochastic").STOCHASTIC_FORMS
+    forms = pack_module("model_patches.hd_painter.stochastic_samplers").STOCHASTIC_FORMS
     text = (HELP / "TrueFillRASG" / "en.md").read_text(encoding="utf-8")
     assert dict(re.findall(r"^- `(\w+)`(?: and `ddim`)? as `(\w+)`", text, re.MULTILINE)) == forms

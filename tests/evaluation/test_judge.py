@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from truefill_testing.host import pack_module
 
 attributes = pack_module("training.world.attributes")
-classifiers = pack_module("training.classifier")
+classifiers = pack_module("training.demo.classifier_network")
 crops = pack_module("training.world.crops")
 judges = pack_module("evaluation.judge")
 FILE = pack_module("weights.demo_model").FILES["classifier"]

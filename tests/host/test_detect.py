@@ -85,7 +85,7 @@ def expected(files: dict[str, Path]) -> tuple[torch.Tensor, list[Any]]:
     """The strip, and what counts of what the detector finds in it, in this process."""
     photo, _ = pack_module("imaging.examples").load_example("coffee")
     strip = photo[0, 100 : 100 + HEIGHT, :WIDTH]
-    reader, detect = pack_module("weights.detectors"), pack_module("model_patches.detect")
+    reader, detect = pack_module("weights.detectors"), pack_module("selection.detectors")
     tokenizer = pack_module("weights.grounding_dino").tokenizer()
     detector = detect.Detector.of(reader.read_detector(files["detector"]), tokenizer)
     choice = pack_module("imaging.detections").Choice(threshold=0.0, overlap=0.5, count=COUNT)
@@ -129,7 +129,7 @@ def test_a_mask_of_what_was_found(
 ) -> None:
     made = masks(server.run(graph("TrueFillMaskFromText", files)))
     strip, found = expected
-    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segmenters")
+    segment, reader = pack_module("selection.segmenters"), pack_module("weights.segmenters")
     segmenter = segment.Segmenter.of(reader.read_segmenter(files["segmenter"]))
     prompts = [segment.Prompt(box=one.box) for one in found]
     wanted, _ = segment.segment_batch(segmenter, strip[None], [prompts], "best")

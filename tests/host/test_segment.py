@@ -58,7 +58,7 @@ def mask(images: list[bytes]) -> np.ndarray:
 
 def test_a_point_becomes_the_mask_that_the_model_gives(server: Client, file: Path) -> None:
     result = server.run(graph('[{"x": 130, "y": 120}]'))
-    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segmenters")
+    segment, reader = pack_module("selection.segmenters"), pack_module("weights.segmenters")
     photo, _ = pack_module("imaging.examples").load_example("coffee")
     segmenter = segment.Segmenter.of(reader.read_segmenter(file))
     expected, _ = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")
@@ -103,7 +103,7 @@ def test_a_sam2_file_in_its_own_folder_is_listed_and_works(server: Client, file:
         found = mask(server.run(made).images["save"])
     finally:
         path.unlink()
-    segment, reader = pack_module("model_patches.segment"), pack_module("weights.segmenters")
+    segment, reader = pack_module("selection.segmenters"), pack_module("weights.segmenters")
     photo, _ = pack_module("imaging.examples").load_example("coffee")
     segmenter = segment.Segmenter.of(reader.segmenter_from_state(state, "sam2.pt"))
     expected, _ = segmenter.segment(photo[0], [segment.Prompt([(130.0, 120.0)])])[0].pick("best")

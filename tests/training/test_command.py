@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from truefill_testing.host import ROOT
 
-COMMAND = [sys.executable, "-u", str(ROOT / "training" / "demo.py"), "--device", "cpu", "--threads", "1"]
+COMMAND = [sys.executable, "-u", str(ROOT / "training" / "demo" / "command.py"), "--device", "cpu", "--threads", "1"]
 TINY = ["--batch", "1", "vae"]
 
 

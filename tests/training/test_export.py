@@ -17,9 +17,9 @@ import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.taesd.taesd  # noqa: E402
 
-demo_models = pack_module("training.demo_models")
-export = pack_module("training.export")
-vocabulary = pack_module("training.vocabulary")
+demo_models = pack_module("training.demo.networks")
+export = pack_module("training.demo.export")
+vocabulary = pack_module("training.demo.vocabulary")
 demo_model = pack_module("weights.demo_model")
 
 

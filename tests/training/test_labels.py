@@ -11,7 +11,7 @@ from truefill_testing.host import pack_module
 attributes = pack_module("training.world.attributes")
 backgrounds = pack_module("training.world.backgrounds")
 scenes = pack_module("training.world.scenes")
-text2image = pack_module("training.tasks.text2image")
+text2image = pack_module("training.demo.text2image")
 
 
 def test_cells_are_the_objects_whose_masks_they_lie_in():

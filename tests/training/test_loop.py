@@ -14,17 +14,17 @@ from PIL import Image
 from truefill_testing.host import pack_module
 
 curves = pack_module("training.curves")
-export = pack_module("training.export")
-latents = pack_module("training.latents")
+export = pack_module("training.demo.export")
+latents = pack_module("training.demo.latents")
 loop = pack_module("training.loop")
-narrow_taesd = pack_module("training.narrow_taesd")
-vocabulary = pack_module("training.vocabulary")
+narrow_taesd = pack_module("training.demo.narrow_taesd")
+vocabulary = pack_module("training.demo.vocabulary")
 scenes = pack_module("training.world.scenes")
-VaeTask = pack_module("training.tasks.vae").VaeTask
-ClassifierTask = pack_module("training.tasks.classifier").ClassifierTask
-segmenter_task = pack_module("training.tasks.segmenter")
-TextToImageTask = pack_module("training.tasks.text2image").TextToImageTask
-InpaintTask = pack_module("training.tasks.inpaint").InpaintTask
+VaeTask = pack_module("training.demo.vae").VaeTask
+ClassifierTask = pack_module("training.demo.classifier").ClassifierTask
+segmenter_task = pack_module("training.demo.segmenter")
+TextToImageTask = pack_module("training.demo.text2image").TextToImageTask
+InpaintTask = pack_module("training.demo.inpaint").InpaintTask
 
 CPU = torch.device("cpu")
 SETTINGS = loop.Settings(steps=6, batch=2, learning_rate=1e-3, warm_up=2, record_every=2)
@@ -190,7 +190,7 @@ def test_pictures_for_the_segmenter_are_scenes_mosaics_and_parts_beside_padding(
 def test_the_exported_segmenter_is_read_as_segment_anything(tmp_path):
     trainer = loop.Trainer(make_task("segmenter"), replace(SETTINGS, steps=1), tmp_path / "segmenter", CPU)
     trainer.train()
-    (file,) = pack_module("training.export").export(tmp_path, tmp_path / "out")
+    (file,) = pack_module("training.demo.export").export(tmp_path, tmp_path / "out")
     assert file.stat().st_size < 5e6
     read = pack_module("weights.segmenters").read_segmenter(file)
     trainer.use_average()

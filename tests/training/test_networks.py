@@ -14,11 +14,11 @@ from comfy.sd1_clip import SD1Tokenizer  # noqa: E402
 
 captions = pack_module("training.world.captions")
 scenes = pack_module("training.world.scenes")
-demo_models = pack_module("training.demo_models")
+demo_models = pack_module("training.demo.networks")
 diffusion = pack_module("training.diffusion")
-latents = pack_module("training.latents")
-narrow_taesd = pack_module("training.narrow_taesd")
-vocabulary = pack_module("training.vocabulary")
+latents = pack_module("training.demo.latents")
+narrow_taesd = pack_module("training.demo.narrow_taesd")
+vocabulary = pack_module("training.demo.vocabulary")
 demo_model = pack_module("weights.demo_model")
 
 

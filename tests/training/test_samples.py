@@ -8,11 +8,11 @@ import torch
 
 from truefill_testing.host import pack_module
 
-demo_models = pack_module("training.demo_models")
-narrow_taesd = pack_module("training.narrow_taesd")
-samples = pack_module("training.samples")
+demo_models = pack_module("training.demo.networks")
+narrow_taesd = pack_module("training.demo.narrow_taesd")
+samples = pack_module("training.demo.samples")
 triplets = pack_module("training.world.triplets")
-vocabulary = pack_module("training.vocabulary")
+vocabulary = pack_module("training.demo.vocabulary")
 
 CPU = torch.device("cpu")
 

@@ -12,20 +12,20 @@ from truefill_testing.host import pack_module
 
 def untrained_tasks() -> list[Any]:
     """The tasks of all stages in their order; the UNets are moved away from the zeros that they start with."""
-    vocabulary = pack_module("training.vocabulary").world_vocabulary()
+    vocabulary = pack_module("training.demo.vocabulary").world_vocabulary()
     # No step is made, so that nothing looks at them.
-    latents = pack_module("training.latents").Latents(torch.zeros(1, 4, 32, 32))
-    text2image = pack_module("training.tasks.text2image").TextToImageTask(latents, latents, vocabulary, seed=0)
+    latents = pack_module("training.demo.latents").Latents(torch.zeros(1, 4, 32, 32))
+    text2image = pack_module("training.demo.text2image").TextToImageTask(latents, latents, vocabulary, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in text2image.unet.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     unet, text = text2image.unet.state_dict(), text2image.text.state_dict()
     return [
-        pack_module("training.tasks.vae").VaeTask(seed=0),
+        pack_module("training.demo.vae").VaeTask(seed=0),
         text2image,
-        pack_module("training.tasks.inpaint").InpaintTask(latents, latents, vocabulary, unet, text),
-        pack_module("training.tasks.classifier").ClassifierTask(seed=0),
+        pack_module("training.demo.inpaint").InpaintTask(latents, latents, vocabulary, unet, text),
+        pack_module("training.demo.classifier").ClassifierTask(seed=0),
     ]
 
 
@@ -47,5 +47,5 @@ def write_untrained(folder: Path) -> Path:
     settings = loop.Settings(steps=1, batch=1, learning_rate=1e-3)
     for task in untrained_tasks():
         loop.Trainer(task, settings, folder / "runs" / task.name, torch.device("cpu")).save()
-    pack_module("training.export").export(folder / "runs", folder / "out")
+    pack_module("training.demo.export").export(folder / "runs", folder / "out")
     return folder / "out"

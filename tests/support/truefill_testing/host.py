@@ -84,7 +84,7 @@ def load_package(name: str, folder: Path) -> ModuleType:
 
 
 def pack_module(name: str) -> ModuleType:
-    """Import one module of the pack, such as "model_patches.painta"."""
+    """Import one module of the pack, such as "model_patches.hd_painter.painta"."""
     if name.split(".")[0] not in _HOST_FREE:
         ensure_host()
     _package()

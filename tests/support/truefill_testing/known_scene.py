@@ -21,9 +21,9 @@ import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
 from comfy.k_diffusion import sampling as k_diffusion  # isort: skip
 
-with_known = pack_module("model_patches.known").with_known
-with_rasg = pack_module("model_patches.guidance").with_rasg
-RASG = pack_module("model_patches.rasg").RASG
+with_known = pack_module("model_patches.hd_painter.known_blending").with_known
+with_rasg = pack_module("model_patches.core.guidance").with_rasg
+RASG = pack_module("model_patches.hd_painter.rasg").RASG
 
 TOLERANCE = 1e-5
 ROUNDING = 5e-5

@@ -80,13 +80,13 @@ class Painta:
 
 
 def level_mask(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Hole [B, 1, h, w] in [0, 1] -> bool [B, 1, *grid]: the area average, kept where > 0.5.
+    """Hole [B, 1, h, w] in [0, 1] -> bool [B, 1, *grid]: the area average, kept where >= 0.5.
 
     A hole too small to keep any cell keeps the one(s) with the greatest average (compared in float64); an empty hole
     stays empty.
     """
     average = F.adaptive_avg_pool2d(hole.double(), grid)
-    kept = average > 0.5
+    kept = average >= 0.5
     for picture in range(hole.shape[0]):
         if not kept[picture].any() and (hole[picture] > 0).any():
             kept[picture] = average[picture] == average[picture].max()

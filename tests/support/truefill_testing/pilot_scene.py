@@ -12,7 +12,7 @@ import torch
 from truefill_testing.host import pack_module
 from truefill_testing.scene import Scene, boxes, forget_models
 
-pilot = pack_module("model_patches.pilot")
+pilot = pack_module("model_patches.pilot.sampler")
 PILOT = pilot.PILOT
 
 # Both leave known pixels and pixels of the hole on more than one level.

@@ -15,7 +15,7 @@ from torch import nn
 from truefill_testing.host import pack_module
 from truefill_testing.random_tensors import random_tensors
 
-Prompt = pack_module("model_patches.segment").Prompt
+Prompt = pack_module("selection.segmenters").Prompt
 
 SIDE = 128
 PROMPTS = {

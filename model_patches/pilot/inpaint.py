@@ -1,0 +1,95 @@
+"""PILOT from pictures to pictures: encode, sample, decode, and put the original's known pixels back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+import torch.nn.functional as F
+
+from ...imaging.harmonise import ONLY_BLEND, harmonise_pictures
+from ...imaging.masks import resize_mask
+from ...imaging.morphology import feather as feather_mask
+from ...imaging.region import check_pictures
+from ..core.diffusion import Diffusion
+from .sampler import PILOT, pilot_sampler
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How it is sampled; the released code takes 100 steps, the paper 200, both DDIM's."""
+
+    seed: int = 0
+    steps: int = 100
+    cfg: float = 7.5
+    scheduler: str = "ddim_uniform"
+
+
+def inpaint(
+    pictures: torch.Tensor,
+    mask: torch.Tensor,
+    diffusion: Diffusion,
+    sampling: Sampling,
+    settings: PILOT,
+    feather: float,
+    announce: Callable[[str], None] = logging.info,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fills the holes of `pictures` [B, H, W, 3 or 4] in [0, 1] with what the positive prompt says.
+
+    `mask` is [B, H, W] of any size, every value above 0 being hole; each count is 1 or the larger one. `feather` adds a soft
+    edge of so many pixels outside of the hole. Sizes that the VAE cannot take are filled up at the right and the bottom.
+
+    Returns the latents [B, C, h, w] as VAE Encode gives them, and the pictures: the originals bit for bit where neither the
+    hole nor its edge is. Without any hole nothing is sampled. Raises ValueError for counts, and for a VAE and a model, that don't
+    go together, and as `PILOTSampler.sample`.
+    """
+    check_pictures(pictures, "The picture")
+    count = max(len(pictures), len(mask))
+    if {len(pictures), len(mask)} - {1, count}:
+        raise ValueError(
+            f"{len(pictures)} pictures and {len(mask)} masks don't go together: each count must be 1 or the larger one."
+        )
+    height, width = pictures.shape[1:3]
+    hole = resize_mask(mask, (height, width))
+    hole = feather_mask((hole > 0).float(), feather, "outside", "smooth") if feather else hole
+    pictures, hole = pictures.expand(count, -1, -1, -1), hole.expand(count, -1, -1, -1)
+
+    vae, channels = diffusion.vae, diffusion.model.model.latent_format.latent_channels
+    if vae.latent_channels != channels:
+        raise ValueError(
+            f"The VAE makes latents of {vae.latent_channels} channels, and the model takes {channels}: connect the VAE that "
+            "comes with the model."
+        )
+    cell = vae.spacial_compression_encode()
+    missing = (0, -width % cell, 0, -height % cell)
+    filled_up = F.pad(pictures[..., :3].movedim(-1, 1), missing, mode="replicate").movedim(1, -1)
+    latent = vae.encode(filled_up)
+    if not bool(hole.any()):
+        announce("PILOT: the mask has no hole, so the picture stays as it is.")
+        return latent, pictures
+    # The host may evict weights that a graph still needs.
+    model = diffusion.model.clone(disable_dynamic=True)
+    sigmas = comfy.samplers.calculate_sigmas(
+        model.get_model_object("model_sampling"), sampling.scheduler, sampling.steps
+    )
+    latent = comfy.sample.sample_custom(
+        model,
+        comfy.sample.prepare_noise(latent, sampling.seed),
+        sampling.cfg,
+        pilot_sampler(replace(settings, mask=F.pad((hole > 0).float(), missing, mode="replicate")), announce),
+        sigmas,
+        diffusion.positive,
+        diffusion.negative,
+        latent,
+        callback=latent_preview.prepare_callback(model, sampling.steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=sampling.seed,
+    )
+    made = vae.decode(latent)[:, :height, :width].to(pictures)
+    return latent, harmonise_pictures(made, pictures, hole[:, 0], ONLY_BLEND)

@@ -1,0 +1,113 @@
+"""Semantic boundary control: known pixels read none of the prompt's words.
+
+PILOT (arXiv 2407.08019), section 4.1.2, equation 16, as in the released code: in every cross-attention the probabilities of all
+tokens but the start of the text are set to 0 at known pixels, after the softmax and without normalising them again. Since these
+probabilities are factors of the tokens' values, this is the host's own attention with these values at 0, taken for the known
+pixels alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..core.call_rows import Area, Chunk
+from ..core.prompt_tokens import CHUNK
+from ..core.unet_attention import TransformerPlace, attention
+
+
+@dataclass(frozen=True, eq=False)
+class SemanticBoundary:
+    """Settings. `strength` 0 is the plain model, 1 the paper; percentages are of sampling; `mask` [B, 1, H, W]."""
+
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    mask: torch.Tensor | None = None
+
+
+def known_cells(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Which cells of a grid (height, width) count as known, bool [B, height, width]: all that are not entirely hole.
+
+    `hole` is [B, 1, h, w] in [0, 1] on the latent grid. It is resized bilinearly, and a cell is hole where it then is 1.
+    """
+    resized = F.interpolate(hole, size=grid, mode="bilinear", align_corners=False)[:, 0]
+    # The weights add up to 1 only within rounding.
+    return resized < 1.0 - 1e-5
+
+
+class BoundaryState:
+    """What one run of a sampler keeps between UNet calls. `hole` is [B, 1, h, w] on the latent grid."""
+
+    def __init__(self, hole: torch.Tensor) -> None:
+        # Ordinary tensors, not inference ones: RASG's backward pass goes through the boundary.
+        with torch.inference_mode(False):
+            self._hole = hole.clone()
+            self._has_hole = self._hole.flatten(1).any(dim=1)
+        self._known: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def known(self, chunks: Sequence[Chunk], grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """Bool [rows, pixels, 1]: the known pixels of a call's rows on `grid`; none in pictures that have no hole."""
+        areas: tuple[Area | None, ...] = tuple(chunk.area for chunk in chunks)
+        key = (grid, device, areas)
+        if key not in self._known:
+            with torch.inference_mode(False):
+                cells = [known_cells(chunk.cut(self._hole), grid).flatten(1) for chunk in chunks]
+                known = torch.cat([of_chunk & self._has_hole[:, None] for of_chunk in cells])
+                self._known[key] = known[..., None].to(device)
+        return self._known[key]
+
+
+class BoundaryCall:
+    """Semantic boundary control within one call of the UNet."""
+
+    def __init__(
+        self,
+        settings: SemanticBoundary,
+        places: Sequence[TransformerPlace],
+        chunks: Sequence[Chunk],
+        text: int,
+        state: BoundaryState,
+    ):
+        """`text` is the number of the context's tokens; what other patches append to it is not text."""
+        self._settings = settings
+        self._places = places
+        self._chunks = chunks
+        self._text = text
+        self._state = state
+
+    def install(self, transformer_options: dict[str, Any]) -> None:
+        """Adds the edit to a call's own `transformer_options`, around every replacement of an attention that is there."""
+        replace = dict(transformer_options.get("patches_replace", {}))
+        attn2 = dict(replace.get("attn2", {}))
+        for t in self._places:
+            attn2[t.place] = self._bounded(attn2.get(t.place, attn2.get(t.place[:2])) or attention)
+        replace["attn2"] = attn2
+        transformer_options["patches_replace"] = replace
+
+    def _bounded(self, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def bounded(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
+        ) -> torch.Tensor:
+            out = attend(q, k, v, extra_options, **kwargs)
+            height, width = extra_options["activations_shape"][-2:]
+            known = self._state.known(self._chunks, (height, width), out.device)
+            if out.shape[:2] != known.shape[:2]:
+                raise ValueError(
+                    f"Semantic Boundary expected {known.shape[1]} pixels in cross-attention and found {out.shape[1]}: another "
+                    "node merges or cuts them; take it or Semantic Boundary out."
+                )
+            silenced = attend(q, k, v * self._weights(v), extra_options, **kwargs)
+            return torch.where(known, silenced, out)
+
+        return bounded
+
+    def _weights(self, value: torch.Tensor) -> torch.Tensor:
+        """What the values of the tokens are multiplied by at known pixels, [1, tokens, 1]."""
+        places = torch.arange(value.shape[1], device=value.device)
+        said = (places % CHUNK != 0) & (places < self._text)
+        return torch.where(said, 1.0 - self._settings.strength, 1.0).to(value.dtype)[None, :, None]

@@ -1,0 +1,226 @@
+"""Step 5: sample, where a method is more than a patch on the model."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from comfy_api.latest import io
+
+from ..model_patches.core.diffusion import Diffusion
+from ..model_patches.pilot.inpaint import Sampling, inpaint
+from ..model_patches.pilot.sampler import PILOT, Memory, pilot_sampler
+from .announce import announcer
+from .schema import cfg_input, hole_input, scheduler_input, seed_input
+
+Preset = Literal["text", "adapters", "custom"]
+_COHERENCE: dict[Preset, float] = {"text": 1.0, "adapters": 0.8}
+
+
+def _pilot_inputs() -> list[io.Input]:
+    """The method's own widgets; they become a `PILOT`."""
+    return [
+        io.Combo.Input(
+            "preset",
+            options=[*_COHERENCE, "custom"],
+            default="text",
+            tooltip="The authors' coherence. text: 1, optimised to the end. adapters: 0.8, for ControlNet, T2I-Adapter and "
+            "IP-Adapter. custom: as the next widget says.",
+        ),
+        io.Float.Input(
+            "coherence",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="For the preset 'custom': the share of the noise schedule in which the latent is optimised (the paper's "
+            "gamma). After that the noised original is put into the known part. Less is faster.",
+        ),
+        io.Int.Input(
+            "interval",
+            default=10,
+            min=1,
+            max=1000,
+            tooltip="Every so many steps are optimised. More than there are steps: none.",
+        ),
+        io.Int.Input(
+            "iterations", default=10, min=0, max=1000, tooltip="Passes of the optimiser at each of those steps."
+        ),
+        io.Float.Input(
+            "learning_rate",
+            default=0.025,
+            min=0.0,
+            max=10.0,
+            step=0.001,
+            round=0.0001,
+            advanced=True,
+            tooltip="Of the optimiser; it grows towards the end, by 1.002 for each of the 1000 timesteps.",
+        ),
+        io.Float.Input(
+            "first_rate",
+            default=0.007,
+            min=0.0,
+            max=10.0,
+            step=0.001,
+            round=0.0001,
+            advanced=True,
+            tooltip="The learning rate at the first step.",
+        ),
+        io.Float.Input(
+            "momentum", default=0.7, min=0.0, max=0.99, step=0.01, advanced=True, tooltip="Of the optimiser."
+        ),
+        io.Float.Input(
+            "coefficient",
+            default=150.0,
+            min=0.0,
+            max=100000.0,
+            step=1.0,
+            advanced=True,
+            tooltip="How much the prompt's attention in the hole counts against the known part that shall stay.",
+        ),
+        io.Float.Input(
+            "boundary",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            advanced=True,
+            tooltip="Strength of semantic boundary control: 1, the paper, keeps the prompt's words out of the known part; 0 is "
+            "off. A Semantic Boundary node on the model counts instead.",
+        ),
+        io.Combo.Input(
+            "memory",
+            options=list(get_args(Memory)),
+            default="auto",
+            advanced=True,
+            tooltip="record: keeps all that the backward pass needs. recompute: keeps little and computes the rest again, which "
+            "is slower. auto: recompute where memory is short.",
+        ),
+    ]
+
+
+def _pilot(
+    preset: Preset,
+    coherence: float,
+    interval: int,
+    iterations: int,
+    learning_rate: float,
+    first_rate: float,
+    momentum: float,
+    coefficient: float,
+    boundary: float,
+    memory: Memory,
+    mask: io.Mask.Type | None = None,
+) -> PILOT:
+    return PILOT(
+        _COHERENCE.get(preset, coherence),
+        interval,
+        iterations,
+        learning_rate,
+        first_rate,
+        momentum,
+        coefficient,
+        boundary,
+        memory,
+        mask,
+    )
+
+
+_ALIASES = ["pilot", "latent optimization", "latent optimisation", "inpaint with any model", "blended diffusion"]
+
+
+class TrueFillPILOTSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillPILOTSampler",
+            display_name="PILOT Sampler (TrueFill)",
+            category="TrueFill/5 sample",
+            description="Makes any SD1.5, SD2 or SDXL text-to-image model an inpainting model, without training: while it "
+            "samples, the latent is optimised so that the known part stays and the prompt lands in the hole. For SamplerCustom "
+            "and SamplerCustomAdvanced, with a latent that holds the whole picture and its mask (Set Latent Noise Mask).",
+            search_aliases=_ALIASES,
+            inputs=[
+                *_pilot_inputs(),
+                hole_input(),
+            ],
+            outputs=[
+                io.Sampler.Output(
+                    tooltip="The sampler. It is DDIM with passes in between; the known part of its latent is near the original, "
+                    "so put the original's pixels back (Stitch Region, ImageCompositeMasked)."
+                )
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, mask: io.Mask.Type | None = None, **method: Any) -> io.NodeOutput:
+        return io.NodeOutput(pilot_sampler(_pilot(mask=mask, **method), announcer(cls.hidden.unique_id)))
+
+
+class TrueFillPILOT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillPILOT",
+            display_name="PILOT: Inpaint With Any Model (TrueFill)",
+            category="TrueFill/5 sample",
+            description="Fills the hole with any SD1.5, SD2 or SDXL text-to-image model, in one box: encodes, samples with "
+            "PILOT, decodes, and puts the original's known pixels back, bit for bit.",
+            search_aliases=_ALIASES,
+            inputs=[
+                io.Model.Input("model", tooltip="A text-to-image model, with its LoRAs; not an inpainting one."),
+                io.Conditioning.Input(
+                    "positive", tooltip="What shall be in the hole; with ControlNet or adapters, if you like."
+                ),
+                io.Conditioning.Input("negative", tooltip="What shall not."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Image.Input("image", tooltip="The picture."),
+                io.Mask.Input("mask", tooltip="The hole: everything that is not black."),
+                seed_input("Of the noise."),
+                io.Int.Input(
+                    "steps", default=100, min=1, max=1000, tooltip="The authors' code takes 100, their paper 200."
+                ),
+                cfg_input(),
+                scheduler_input("ddim_uniform"),
+                *_pilot_inputs(),
+                io.Int.Input(
+                    "feather",
+                    default=16,
+                    min=0,
+                    max=512,
+                    tooltip="Width in pixels of a soft edge outside of the hole, in which new and old are mixed.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(tooltip="The whole picture's latent, before the known pixels are put back."),
+                io.Image.Output(tooltip="The picture with its hole filled; the rest is the original, bit for bit."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        positive: io.Conditioning.Type,
+        negative: io.Conditioning.Type,
+        vae: io.Vae.Type,
+        image: io.Image.Type,
+        mask: io.Mask.Type,
+        seed: int,
+        steps: int,
+        cfg: float,
+        scheduler: str,
+        feather: int,
+        **method: Any,
+    ) -> io.NodeOutput:
+        latent, pictures = inpaint(
+            image,
+            mask,
+            Diffusion(model, positive, negative, vae),
+            Sampling(seed, steps, cfg, scheduler),
+            _pilot(**method),
+            feather,
+            announcer(cls.hidden.unique_id),
+        )
+        return io.NodeOutput({"samples": latent}, pictures)

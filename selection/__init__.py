@@ -1,0 +1,1 @@
+"""Segmenters and detectors under the host's memory manager. They patch no model."""

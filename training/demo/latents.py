@@ -1,0 +1,131 @@
+"""Scenes of the world as latents, encoded once and kept on disk, so that the UNet's training never waits for the VAE."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..world.attributes import SIZE, WORLD_VERSION
+from ..world.holes import scene_hole
+from ..world.scenes import make_scene
+from .narrow_taesd import NarrowTAESD
+
+SHARD = 256
+"""Scenes to a file. A file that exists is complete, so an interrupted run loses one file at most."""
+_AT_ONCE = 16
+GRID = SIZE // 8
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Encoded scenes 0 to N - 1 of a split, float16, in the UNet's scale.
+
+    `clean` is [N, 4, 32, 32]. For inpainting there are also `masked`, the same of the pictures with a grey hole, `hole`
+    [N, 1, 32, 32] (1 in the hole), and `blank` [4, 32, 32] of a picture that is all hole.
+    """
+
+    clean: torch.Tensor
+    masked: torch.Tensor | None = None
+    hole: torch.Tensor | None = None
+    blank: torch.Tensor | None = None
+
+
+def fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """A short name for a VAE's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:10]
+
+
+def as_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """Pictures uint8 [B, H, W, 3] as float32 [B, 3, H, W] in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0
+
+
+def with_hole(pixels: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """Pixels [B, 3, H, W] with grey where hole [B, 1, H, W] is 1, as the host's InpaintModelConditioning makes them."""
+    return (pixels - 0.5) * (1.0 - hole) + 0.5
+
+
+def latent_hole(hole: torch.Tensor) -> torch.Tensor:
+    """A hole [B, 1, 256, 256] on the latents' grid [B, 1, 32, 32], 0 or 1, as the host scales and rounds it."""
+    return F.interpolate(hole, size=(GRID, GRID), mode="bilinear").round()
+
+
+@torch.no_grad()
+def encode(vae: NarrowTAESD, pixels: torch.Tensor, device: torch.device, bfloat16: bool = True) -> torch.Tensor:
+    """Latents [B, 4, H / 8, W / 8], float16 on the CPU."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        return vae.encode(pixels.to(device)).half().cpu()
+
+
+def _write(path: Path, **arrays: torch.Tensor) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **{name: array.numpy() for name, array in arrays.items()})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _encode_shard(
+    vae: NarrowTAESD, split: str, first: int, holes: bool, device: torch.device
+) -> dict[str, torch.Tensor]:
+    parts: dict[str, list[torch.Tensor]] = {"clean": [], "masked": [], "hole": []}
+    for start in range(first, first + SHARD, _AT_ONCE):
+        indices = range(start, start + _AT_ONCE)
+        pixels = as_pixels(np.stack([make_scene(split, index).picture for index in indices]))
+        if not holes:
+            parts["clean"].append(encode(vae, pixels, device))
+            continue
+        hole = torch.from_numpy(np.stack([scene_hole(split, index) for index in indices])).float()[:, None]
+        parts["masked"].append(encode(vae, with_hole(pixels, hole), device))
+        parts["hole"].append(latent_hole(hole).half())
+    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+
+
+def load_latents(
+    folder: Path,
+    vae: NarrowTAESD,
+    split: str,
+    count: int,
+    holes: bool,
+    device: torch.device,
+    should_stop: Callable[[], bool] = lambda: False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> Latents | None:
+    """The latents of the first `count` scenes, rounded up to whole shards; what is missing is encoded first.
+
+    They lie in a sub-folder named after the VAE's weights, so that another VAE never meets them. `report` is told the
+    number of shards that exist and that are needed. Returns None where `should_stop` said so.
+    """
+    kinds = ("clean", "masked") if holes else ("clean",)
+    folder = folder / f"world{WORLD_VERSION}-{fingerprint(vae.state_dict())}" / split
+    needed = [(kind, first) for kind in kinds for first in range(0, count, SHARD)]
+    paths = [folder / f"{kind}-{first:07d}.npz" for kind, first in needed]
+    for done, ((kind, first), path) in enumerate(zip(needed, paths, strict=True)):
+        if not path.is_file():
+            if should_stop():
+                return None
+            report(done, len(needed))
+            _write(path, **_encode_shard(vae, split, first, kind == "masked", device))
+    found: dict[str, list[torch.Tensor]] = {}
+    for path in paths:
+        with np.load(path) as arrays:
+            for name in arrays.files:
+                found.setdefault(name, []).append(torch.from_numpy(arrays[name]))
+    joined = {name: torch.cat(tensors) for name, tensors in found.items()}
+    if not holes:
+        return Latents(joined["clean"])
+    blank = encode(vae, torch.full((1, 3, SIZE, SIZE), 0.5), device)[0]
+    return Latents(joined["clean"], joined["masked"], joined["hole"], blank)
