@@ -77,3 +77,6 @@ def _text(figures: list[Figures]) -> str:
     if len(figures) == 1:
         return str(figures[0])
     return "\n".join(f"Picture {number}\n{item}" for number, item in enumerate(figures, 1))
+
+
+NODES = [TrueFillCompare]

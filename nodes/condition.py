@@ -47,3 +47,6 @@ class TrueFillEncodePrompt(io.ComfyNode):
                 "The clip input is empty: this checkpoint brings no text encoder; load one that does, or use a CLIP loader."
             )
         return io.NodeOutput(encode_prompt(clip, prompt, suffix.strip() if quality_suffix else ""))
+
+
+NODES = [TrueFillEncodePrompt]

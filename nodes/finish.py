@@ -1,46 +1,11 @@
 """Step 6: put the result into the picture, without a seam."""
 
-from typing import get_args
-
 from comfy_api.latest import io
 
 from ..imaging.harmonise import ColourMode, Harmony, Mode, harmonise_pictures
 from ..imaging.region import Region, stitch
 from .region import RegionType
-
-
-def harmonise_inputs(default: Mode) -> list[io.Input]:
-    """The widgets that become a `Harmony`; they come last, so that their order is the same on every node."""
-    return [
-        io.Combo.Input(
-            "harmonise",
-            options=list(get_args(Mode)),
-            default=default,
-            tooltip="colour: takes the tone shift out, by comparing both pictures around the hole. poisson: keeps the gradients "
-            "of what was made and meets the picture at the edge. both: colours, then poisson. off: only blends.",
-        ),
-        io.Combo.Input(
-            "colour",
-            options=list(get_args(ColourMode)),
-            default="mean",
-            advanced=True,
-            tooltip="What the colours are matched by: mean shifts them, covariance also matches contrast and tint.",
-        ),
-        io.Int.Input(
-            "band",
-            default=32,
-            min=1,
-            max=1024,
-            advanced=True,
-            tooltip="Width in pixels of the band around the hole that colours are compared in.",
-        ),
-        io.Boolean.Input(
-            "mixed_gradients",
-            default=False,
-            advanced=True,
-            tooltip="For poisson: keeps the stronger gradient of both pictures, so that a texture under the hole shows through.",
-        ),
-    ]
+from .schema import harmonise_inputs
 
 
 class TrueFillStitchRegion(io.ComfyNode):
@@ -113,3 +78,6 @@ class TrueFillHarmonize(io.ComfyNode):
     ) -> io.NodeOutput:
         harmony = Harmony(harmonise, colour, band, mixed_gradients)
         return io.NodeOutput(harmonise_pictures(image, original, mask, harmony))
+
+
+NODES = [TrueFillStitchRegion, TrueFillHarmonize]

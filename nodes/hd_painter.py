@@ -1,44 +1,26 @@
-"""Step 4: make the model obey the prompt inside the hole."""
+"""HD-Painter's nodes: PAIntA and RASG guide a model, and its super-resolution brings a filled hole into the large picture."""
 
+from comfy.samplers import KSampler
 from comfy_api.latest import io
 
-from ..model_patches.core.guidance import with_boundary, with_painta, with_rasg
+from ..imaging.harmonise import ColourMode, Harmony, Mode
+from ..model_patches.core.diffusion import Diffusion
+from ..model_patches.core.guidance import with_painta, with_rasg
+from ..model_patches.hd_painter.known_blending import with_known
 from ..model_patches.hd_painter.painta import PAIntA
 from ..model_patches.hd_painter.rasg import RASG
-from ..model_patches.pilot.semantic_boundary import SemanticBoundary
-from .schema import hole_input
-
-
-def _start_percent() -> io.Float.Input:
-    return io.Float.Input(
-        "start_percent",
-        default=0.0,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        advanced=True,
-        tooltip="Where in sampling it begins: 0 is the first step, 1 the last.",
-    )
-
-
-def _end_percent(default: float, why: str) -> io.Float.Input:
-    return io.Float.Input(
-        "end_percent",
-        default=default,
-        min=0.0,
-        max=1.0,
-        step=0.01,
-        advanced=True,
-        tooltip=f"Where in sampling it ends. {why}",
-    )
-
-
-def _check_window(start_percent: float, end_percent: float) -> None:
-    if start_percent > end_percent:
-        raise ValueError(
-            f"start_percent ({start_percent:g}) lies behind end_percent ({end_percent:g}): set start_percent to "
-            f"{end_percent:g} or less."
-        )
+from ..model_patches.hd_painter.super_resolution import MAX_NOISE_LEVEL, Layout, Sampling, upscale_hole
+from .announce import announcer
+from .schema import (
+    cfg_input,
+    check_window,
+    end_percent_input,
+    harmonise_inputs,
+    hole_input,
+    scheduler_input,
+    seed_input,
+    start_percent_input,
+)
 
 
 class TrueFillPAIntA(io.ComfyNode):
@@ -68,8 +50,8 @@ class TrueFillPAIntA(io.ComfyNode):
                     step=0.01,
                     tooltip="1 is the paper; 0 leaves the model as it is.",
                 ),
-                _start_percent(),
-                _end_percent(0.5, "The paper's default is the first half of sampling."),
+                start_percent_input(),
+                end_percent_input(0.5, "The paper's default is the first half of sampling."),
                 io.Boolean.Input(
                     "smooth",
                     default=True,
@@ -92,7 +74,7 @@ class TrueFillPAIntA(io.ComfyNode):
         smooth: bool,
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
-        _check_window(start_percent, end_percent)
+        check_window(start_percent, end_percent)
         return io.NodeOutput(with_painta(model, PAIntA(strength, start_percent, end_percent, smooth, mask)))
 
 
@@ -136,8 +118,8 @@ class TrueFillRASG(io.ComfyNode):
                     tooltip="Share of the noise that the gradient replaces; the rest stays random. 0 leaves the model as it "
                     "is.",
                 ),
-                _start_percent(),
-                _end_percent(1.0, "The paper's default is all of sampling."),
+                start_percent_input(),
+                end_percent_input(1.0, "The paper's default is all of sampling."),
                 io.Combo.Input(
                     "sigma",
                     options=["ddim", "released"],
@@ -162,55 +144,196 @@ class TrueFillRASG(io.ComfyNode):
         sigma: str,
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
-        _check_window(start_percent, end_percent)
+        check_window(start_percent, end_percent)
         return io.NodeOutput(with_rasg(model, RASG(eta, strength, start_percent, end_percent, sigma, mask)))
 
 
-class TrueFillSemanticBoundary(io.ComfyNode):
+class TrueFillUpscale(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="TrueFillSemanticBoundary",
-            display_name="SBC: Semantic Boundary (TrueFill)",
-            category="TrueFill/4 guide",
-            description="Keeps the prompt inside the hole: known pixels do not read its words. PILOT's semantic boundary "
-            "control, for SD1.5, SD2 and SDXL, plain and inpainting; training-free.",
+            node_id="TrueFillUpscale",
+            display_name="Upscale Inpainted (TrueFill)",
+            category="TrueFill/6 finish",
+            description="Brings an inpainting that was made on a small picture into the large original: detail in the hole is "
+            "made new, next to the original's own, in as many tiles as the hole needs. HD-Painter's inpainting-specialised "
+            "super-resolution. Everything outside of the widened hole is the original, bit for bit.",
             search_aliases=[
-                "pilot",
-                "sbc",
-                "semantic boundary control",
-                "attention mask",
-                "regional prompt",
-                "inpaint",
+                "hd-painter",
+                "super resolution",
+                "2k",
+                "4k",
+                "x4 upscaler",
+                "tiled upscale",
+                "hires fix",
+                "high resolution inpaint",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
+                io.Image.Input("image", tooltip="The large original, at its own size."),
+                io.Image.Input(
+                    "inpainted",
+                    tooltip="The whole picture after inpainting, smaller or of the same size (Stitch Region's, say).",
+                ),
+                io.Mask.Input("mask", tooltip="The hole: everything that is not black is made new."),
+                seed_input("Of the noise."),
+                io.Int.Input("steps", default=20, min=1, max=1000, tooltip="How often each tile is sampled."),
+                cfg_input(),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=KSampler.SAMPLERS,
+                    default="ddim",
+                    tooltip="ddim, euler and euler_ancestral take the paper's step exactly.",
+                ),
+                scheduler_input("normal"),
+                io.Int.Input(
+                    "noise_level",
+                    default=20,
+                    min=0,
+                    max=MAX_NOISE_LEVEL,
+                    tooltip="Only for the x4 upscaler: noise on the small picture. More invents more, less stays closer.",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=0.35,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Only for other models: how much of the enlarged picture is made new.",
+                ),
+                io.Int.Input(
+                    "tile",
+                    default=512,
+                    min=0,
+                    max=8192,
+                    step=64,
+                    tooltip="Side in pixels of what the model sees at once; 0 takes all at once. Memory goes by its square, "
+                    "not by the picture's size.",
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=128,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    advanced=True,
+                    tooltip="Pixels that neighbouring tiles share at least, and are mixed in.",
+                ),
+                io.Int.Input(
+                    "expand",
+                    default=19,
+                    min=0,
+                    max=512,
+                    advanced=True,
+                    tooltip="Pixels around the hole that are made new as well, so that the edge lies where both pictures agree.",
+                ),
+                *harmonise_inputs("poisson"),
+                io.Model.Input(
+                    "model", optional=True, tooltip="The x4 upscaler, or any other model for img2img in tiles."
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    optional=True,
+                    tooltip="What is in the hole, with the model's own CLIP. The authors add 'high resolution professional "
+                    "photo'.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="The authors leave it empty."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="The model's own VAE; the x4 upscaler has another one than SD1.5."
+                ),
+                io.UpscaleModel.Input(
+                    "upscale_model",
+                    optional=True,
+                    tooltip="Enlarges the inpainted picture (ESRGAN and such): by itself, or before img2img.",
+                ),
+            ],
+            outputs=[io.Image.Output(tooltip="The original with the new hole.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        image: io.Image.Type,
+        inpainted: io.Image.Type,
+        mask: io.Mask.Type,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        noise_level: int,
+        denoise: float,
+        tile: int,
+        overlap: int,
+        expand: int,
+        harmonise: Mode,
+        colour: ColourMode,
+        band: int,
+        mixed_gradients: bool,
+        model: io.Model.Type | None = None,
+        positive: io.Conditioning.Type | None = None,
+        negative: io.Conditioning.Type | None = None,
+        vae: io.Vae.Type | None = None,
+        upscale_model: io.UpscaleModel.Type | None = None,
+    ) -> io.NodeOutput:
+        diffusion = None
+        parts = {"model": model, "positive": positive, "negative": negative, "vae": vae}
+        missing = [name for name, part in parts.items() if part is None]
+        if not missing:
+            diffusion = Diffusion(model, positive, negative, vae)
+        elif len(missing) < len(parts):
+            raise ValueError(
+                f"Upscale has no {' and no '.join(missing)}: a model needs all four of model, positive, negative and vae, and "
+                "an upscale model none of them."
+            )
+        if tile and overlap >= tile:
+            raise ValueError(f"The overlap of {overlap} pixels must be less than the tile, {tile}.")
+        result = upscale_hole(
+            image,
+            inpainted,
+            mask,
+            diffusion,
+            upscale_model,
+            Sampling(seed, steps, cfg, sampler_name, scheduler, noise_level, denoise),
+            Layout(tile, overlap, expand),
+            Harmony(harmonise, colour, band, mixed_gradients),
+            announcer(cls.hidden.unique_id),
+        )
+        return io.NodeOutput(result)
+
+
+class TrueFillBlendKnown(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillBlendKnown",
+            display_name="Blend Known Latent (TrueFill)",
+            category="TrueFill/6 finish",
+            description="Keeps what is known while any sampler runs: at every step the predicted clean latent takes the known "
+            "one's place outside of the hole, without noise in it. The building block of Upscale Inpainted (HD-Painter, "
+            "equation 10), for a sampler of your own.",
+            search_aliases=["hd-painter", "x0 blend", "latent blending", "blended diffusion", "inpaint", "noise mask"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any image model; the x4 upscaler for the paper's method."),
+                io.Latent.Input("known", tooltip="The original picture after VAE Encode, at the size that is sampled."),
+                io.Mask.Input(
+                    "mask", tooltip="The hole (white); grey is mixed. A soft edge of some cells avoids seams."
+                ),
                 io.Float.Input(
                     "strength",
                     default=1.0,
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    advanced=True,
-                    tooltip="1 is the paper: the words are silent at known pixels. 0 leaves the model as it is.",
+                    tooltip="1 is the paper; 0 leaves the model as it is.",
                 ),
-                _start_percent(),
-                _end_percent(1.0, "The paper's default is all of sampling."),
-                hole_input(),
             ],
-            outputs=[
-                io.Model.Output(tooltip="The model with the boundary. Works with every sampler, PAIntA and RASG.")
-            ],
+            outputs=[io.Model.Output(tooltip="The model, for any KSampler.")],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model: io.Model.Type,
-        strength: float,
-        start_percent: float,
-        end_percent: float,
-        mask: io.Mask.Type | None = None,
-    ) -> io.NodeOutput:
-        _check_window(start_percent, end_percent)
-        return io.NodeOutput(with_boundary(model, SemanticBoundary(strength, start_percent, end_percent, mask)))
+    def execute(cls, model: io.Model.Type, known: io.Latent.Type, mask: io.Mask.Type, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(with_known(model, known["samples"], mask, strength))
+
+
+NODES = [TrueFillPAIntA, TrueFillRASG, TrueFillUpscale, TrueFillBlendKnown]

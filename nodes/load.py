@@ -41,3 +41,6 @@ class TrueFillDemoModel(io.ComfyNode):
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
         return io.NodeOutput(*load_demo_model(kind))
+
+
+NODES = [TrueFillDemoModel]

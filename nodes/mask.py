@@ -222,3 +222,6 @@ class TrueFillMaskShape(io.ComfyNode):
     @classmethod
     def execute(cls, mask: io.Mask.Type, shape: Shape, seed: int, growth: float, strokes: int) -> io.NodeOutput:
         return io.NodeOutput(mask_shape(mask, shape, seed, growth, strokes)[:, 0])
+
+
+NODES = [TrueFillExamplePhoto, TrueFillGrowMask, TrueFillFeatherMask, TrueFillCleanMask, TrueFillMaskShape]

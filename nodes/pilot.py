@@ -1,4 +1,4 @@
-"""Step 5: sample, where a method is more than a patch on the model."""
+"""PILOT's nodes: semantic boundary control guides a model, and PILOT samples with it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,73 @@ from typing import Any, Literal, get_args
 from comfy_api.latest import io
 
 from ..model_patches.core.diffusion import Diffusion
+from ..model_patches.core.guidance import with_boundary
 from ..model_patches.pilot.inpaint import Sampling, inpaint
 from ..model_patches.pilot.sampler import PILOT, Memory, pilot_sampler
+from ..model_patches.pilot.semantic_boundary import SemanticBoundary
 from .announce import announcer
-from .schema import cfg_input, hole_input, scheduler_input, seed_input
+from .schema import (
+    cfg_input,
+    check_window,
+    end_percent_input,
+    hole_input,
+    scheduler_input,
+    seed_input,
+    start_percent_input,
+)
 
 Preset = Literal["text", "adapters", "custom"]
 _COHERENCE: dict[Preset, float] = {"text": 1.0, "adapters": 0.8}
+
+
+class TrueFillSemanticBoundary(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillSemanticBoundary",
+            display_name="SBC: Semantic Boundary (TrueFill)",
+            category="TrueFill/4 guide",
+            description="Keeps the prompt inside the hole: known pixels do not read its words. PILOT's semantic boundary "
+            "control, for SD1.5, SD2 and SDXL, plain and inpainting; training-free.",
+            search_aliases=[
+                "pilot",
+                "sbc",
+                "semantic boundary control",
+                "attention mask",
+                "regional prompt",
+                "inpaint",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="1 is the paper: the words are silent at known pixels. 0 leaves the model as it is.",
+                ),
+                start_percent_input(),
+                end_percent_input(1.0, "The paper's default is all of sampling."),
+                hole_input(),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model with the boundary. Works with every sampler, PAIntA and RASG.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        mask: io.Mask.Type | None = None,
+    ) -> io.NodeOutput:
+        check_window(start_percent, end_percent)
+        return io.NodeOutput(with_boundary(model, SemanticBoundary(strength, start_percent, end_percent, mask)))
 
 
 def _pilot_inputs() -> list[io.Input]:
@@ -224,3 +284,6 @@ class TrueFillPILOT(io.ComfyNode):
             announcer(cls.hidden.unique_id),
         )
         return io.NodeOutput({"samples": latent}, pictures)
+
+
+NODES = [TrueFillSemanticBoundary, TrueFillPILOTSampler, TrueFillPILOT]

@@ -206,3 +206,6 @@ class TrueFillFillHole(io.ComfyNode):
     @classmethod
     def execute(cls, image: io.Image.Type, mask: io.Mask.Type, method: Fill, seed: int) -> io.NodeOutput:
         return io.NodeOutput(fill_pictures(image, mask, method, seed))
+
+
+NODES = [TrueFillCropRegion, TrueFillFillHole]

@@ -1,8 +1,11 @@
 """Inputs that several nodes have."""
 
+from typing import get_args
+
 from comfy.samplers import KSampler
 from comfy_api.latest import io
 
+from ..imaging.harmonise import ColourMode, Mode
 from ..weights.engines import TRANSFORMERS, Package
 
 
@@ -38,3 +41,69 @@ def engine_input(package: Package) -> io.Combo.Input:
         tooltip=f"What runs it. {package.name}: its authors' package, where it is installed, for files as they were published. "
         "Both answer the same.",
     )
+
+
+def start_percent_input() -> io.Float.Input:
+    return io.Float.Input(
+        "start_percent",
+        default=0.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        advanced=True,
+        tooltip="Where in sampling it begins: 0 is the first step, 1 the last.",
+    )
+
+
+def end_percent_input(default: float, why: str) -> io.Float.Input:
+    return io.Float.Input(
+        "end_percent",
+        default=default,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        advanced=True,
+        tooltip=f"Where in sampling it ends. {why}",
+    )
+
+
+def check_window(start_percent: float, end_percent: float) -> None:
+    if start_percent > end_percent:
+        raise ValueError(
+            f"start_percent ({start_percent:g}) lies behind end_percent ({end_percent:g}): set start_percent to "
+            f"{end_percent:g} or less."
+        )
+
+
+def harmonise_inputs(default: Mode) -> list[io.Input]:
+    """The widgets that become a `Harmony`; they come last, so that their order is the same on every node."""
+    return [
+        io.Combo.Input(
+            "harmonise",
+            options=list(get_args(Mode)),
+            default=default,
+            tooltip="colour: takes the tone shift out, by comparing both pictures around the hole. poisson: keeps the gradients "
+            "of what was made and meets the picture at the edge. both: colours, then poisson. off: only blends.",
+        ),
+        io.Combo.Input(
+            "colour",
+            options=list(get_args(ColourMode)),
+            default="mean",
+            advanced=True,
+            tooltip="What the colours are matched by: mean shifts them, covariance also matches contrast and tint.",
+        ),
+        io.Int.Input(
+            "band",
+            default=32,
+            min=1,
+            max=1024,
+            advanced=True,
+            tooltip="Width in pixels of the band around the hole that colours are compared in.",
+        ),
+        io.Boolean.Input(
+            "mixed_gradients",
+            default=False,
+            advanced=True,
+            tooltip="For poisson: keeps the stronger gradient of both pictures, so that a texture under the hole shows through.",
+        ),
+    ]

@@ -160,7 +160,7 @@ def test_the_packages_network_is_built_without_a_download_and_given_our_tokens(p
 
 def test_a_package_that_can_not_run_is_said(state, monkeypatch) -> None:
     engines = pack_module("weights.engines")
-    loader = pack_module("nodes.detect").TrueFillLoadDetector
+    loader = pack_module("nodes.selection").TrueFillLoadDetector
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert "run 'pip install groundingdino-py'" in str(PACKAGE.check(PACKAGE.name))
     monkeypatch.setattr(engines, "find_spec", lambda name: object())
@@ -253,7 +253,7 @@ def test_a_file_that_is_none_is_refused(tmp_path) -> None:
 
 
 def test_where_there_is_no_file_at_all_it_says_where_to_get_one() -> None:
-    loader = pack_module("nodes.detect").TrueFillLoadDetector
+    loader = pack_module("nodes.selection").TrueFillLoadDetector
     with pytest.raises(
         FileNotFoundError, match=r"There is no groundingdino_swint_ogc\.pth in .*grounding-dino.*https://.*\.pth"
     ):

@@ -113,7 +113,7 @@ def test_both_engines_answer_the_same(file, name: str, size: tuple[int, int]) ->
 def test_the_package_stays_in_single_precision(file, monkeypatch) -> None:
     node = pack_module("nodes.selection")
     monkeypatch.setattr(segment.comfy.model_management, "should_use_fp16", lambda device: True)
-    monkeypatch.setattr(node.FILES, "path", lambda name: str(file))
+    monkeypatch.setattr(node.SEGMENTERS, "path", lambda name: str(file))
     for engine, dtype in (("transformers", torch.float16), ("segment-anything", torch.float32)):
         (segmenter,) = node.TrueFillLoadSegmenter.execute("small.pth", engine).result
         assert {weight.dtype for weight in segmenter.patcher.model.parameters()} == {dtype}
