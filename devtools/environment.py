@@ -39,6 +39,24 @@ print(json.dumps([versions, broken]))
 """
 
 
+def _database(path: Path) -> sqlite3.Connection:
+    try:
+        # No timeout: its own waiting can't be interrupted.
+        return sqlite3.connect(path, timeout=0.0, isolation_level=None)
+    except sqlite3.OperationalError as error:
+        raise UserError(f"{path} can't be locked ({error}); remove it and try again.") from error
+
+
+def _try_lock(database: sqlite3.Connection, path: Path) -> bool:
+    try:
+        database.execute("BEGIN EXCLUSIVE")
+    except sqlite3.DatabaseError as error:
+        if "locked" in str(error):
+            return False
+        raise UserError(f"{path} can't be locked ({error}); remove it and try again.") from error
+    return True
+
+
 @contextmanager
 def exclusive(path: Path, timeout: float = 1800.0) -> Iterator[None]:
     """Let one process at a time in; the others wait, and raise UserError after `timeout` seconds.
@@ -49,15 +67,8 @@ def exclusive(path: Path, timeout: float = 1800.0) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + timeout
     waiting = False
-    # Its own waiting can't be interrupted.
-    with closing(sqlite3.connect(path, timeout=0.0, isolation_level=None)) as database:
-        while True:
-            try:
-                database.execute("BEGIN EXCLUSIVE")
-                break
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise UserError(f"{path} can't be locked ({error}); remove it and try again.") from error
+    with closing(_database(path)) as database:
+        while not _try_lock(database, path):
             if time.monotonic() > deadline:
                 raise UserError(f"Another dev.py has been setting up for {timeout:.0f} seconds; wait for it or end it.")
             if not waiting:

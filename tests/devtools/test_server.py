@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import asyncio
+import io
 import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from aiohttp import web
+from PIL import Image
 
-from devtools import demo
+from devtools import demo, picture
 from devtools import server as server_module
-from devtools.client import Client, ServerGone
+from devtools.client import Client, GraphFailed, GraphInterrupted, GraphRejected, Progress, ServerGone
 from devtools.paths import ROOT, UserError
 from devtools.server import Server, link_pack
-from devtools.websocket import ConnectionLost, WebSocket
 
 ANSWER = """
     import http.server, json, subprocess, sys
@@ -151,63 +153,124 @@ def test_pack_is_copied_where_links_do_not_work(tmp_path: Path, monkeypatch: pyt
     assert copied == ["__init__.py", "nodes/__init__.py"]
 
 
-def frame(opcode: int, payload: bytes, final: bool = True) -> bytes:
-    head = bytes([0x80 * final | opcode])
-    if len(payload) < 126:
-        return head + bytes([len(payload)]) + payload
-    if len(payload) < 1 << 16:
-        return head + bytes([126]) + struct.pack("!H", len(payload)) + payload
-    return head + bytes([127]) + struct.pack("!Q", len(payload)) + payload
+class StandIn:
+    """A server with ComfyUI's routes that sends prepared messages once a graph has been queued, and then waits."""
+
+    def __init__(self) -> None:
+        self.messages: list[str | bytes] = []
+        self.closes = False
+        self.answer: tuple[int, str] = (200, json.dumps({"prompt_id": "ours"}))
+        self.asked: list[tuple[str, Any]] = []
+        self.address = ""
+        self._queued = asyncio.Event()
+
+    def say(self, kind: str, prompt_id: str = "ours", **data: Any) -> None:
+        self.messages.append(json.dumps({"type": kind, "data": {"prompt_id": prompt_id, **data}}))
+
+    async def socket(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await self._queued.wait()
+        for message in self.messages:
+            await (socket.send_str(message) if isinstance(message, str) else socket.send_bytes(message))
+        # The client's feature flags, and the end of it.
+        while not self.closes and not socket.closed:
+            await socket.receive()
+        return socket
+
+    async def post(self, request: web.Request) -> web.Response:
+        self.asked.append((request.path, await request.json()))
+        if request.path != "/prompt":
+            return web.Response()
+        self._queued.set()
+        status, text = self.answer
+        return web.Response(status=status, text=text)
+
+    async def history(self, request: web.Request) -> web.Response:
+        outputs = {"save": {"images": [{"filename": "a b&c.png", "subfolder": "x", "type": "temp"}]}}
+        return web.json_response({"ours": {"outputs": outputs, "status": {"status_str": "success"}}})
+
+    async def view(self, request: web.Request) -> web.Response:
+        return web.Response(text="/".join(request.query[name] for name in ("type", "subfolder", "filename")))
+
+    async def serve(self, ready: threading.Event, ends: asyncio.Event) -> None:
+        app = web.Application()
+        app.router.add_get("/ws", self.socket)
+        app.router.add_get("/history/ours", self.history)
+        app.router.add_get("/view", self.view)
+        app.router.add_post("/{path}", self.post)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        ready.set()
+        await ends.wait()
+        await runner.cleanup()
 
 
 @pytest.fixture
-def websocket_server() -> Callable[[bytes], tuple[int, list[bytes]]]:
-    """A function that starts a WebSocket server which sends these bytes once and keeps what it receives."""
-
-    def serve(data: bytes) -> tuple[int, list[bytes]]:
-        listener = socket.create_server(("127.0.0.1", 0))
-        received: list[bytes] = []
-
-        def talk() -> None:
-            with listener, listener.accept()[0] as connection:
-                head = b""
-                while b"\r\n\r\n" not in head:
-                    head += connection.recv(4096)
-                key = next(line for line in head.split(b"\r\n") if line.startswith(b"Sec-WebSocket-Key")).split()[1]
-                guid = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
-                accept = base64.b64encode(hashlib.sha1(key + guid).digest())
-                # The first frame travels with the handshake's answer.
-                connection.sendall(
-                    b"HTTP/1.1 101 Switching Protocols\r\nSec-WebSocket-Accept: " + accept + b"\r\n\r\n" + data
-                )
-                while chunk := connection.recv(4096):
-                    received.append(chunk)
-
-        threading.Thread(target=talk, daemon=True).start()
-        return listener.getsockname()[1], received
-
-    return serve
+def stand_in() -> Iterator[StandIn]:
+    server, ready, loop, ends = StandIn(), threading.Event(), asyncio.new_event_loop(), asyncio.Event()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve(ready, ends)))
+    thread.start()
+    assert ready.wait(10)
+    yield server
+    loop.call_soon_threadsafe(ends.set)
+    thread.join(10)
+    loop.close()
 
 
-def test_websocket_reads_all_kinds_of_frames(websocket_server) -> None:
-    middle, large = "x" * 300, "y" * 70_000
-    data = frame(1, b"one") + frame(1, b"tw", final=False) + frame(9, b"ping") + frame(0, b"o")
-    data += frame(2, b"\x00\x01") + frame(1, middle.encode()) + frame(1, large.encode()) + frame(8, b"")
-    port, received = websocket_server(data)
-    with WebSocket("127.0.0.1", port, "/ws") as connection:
-        assert [connection.receive() for _ in range(5)] == ["one", "two", None, middle, large]
-        with pytest.raises(ConnectionLost):
-            connection.receive()
-        connection.send("hello")
-        assert wait_until(lambda: len(b"".join(received)) == 2 * 6 + len(b"pinghello"))
-    pong = b"".join(received)
-    assert pong[0] == 0x8A and bytes(b ^ pong[2 + i % 4] for i, b in enumerate(pong[6:10])) == b"ping"
+def test_a_run_follows_its_own_messages(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A proxy for the internet is none for this machine.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    stand_in.say("execution_error", "another's")
+    stand_in.messages.append(b"a preview" * 1_000_000)
+    stand_in.say("executing", node="a")
+    stand_in.say("progress", node="a", value=2, max=5, more="x" * 5_000_000)
+    stand_in.say("executing", node=None)
+    seen: list[Progress] = []
+    result = Client(stand_in.address).run({"a": {"class_type": "KSampler"}}, seen.append, timeout=60)
+    assert seen == [Progress("a", "KSampler"), Progress("a", "KSampler", 2, 5)]
+    assert [message["type"] for message in result.messages] == ["executing", "progress", "executing"]
+    assert (result.images, result.status) == ({"save": [b"temp/x/a b&c.png"]}, "success")
 
 
-def test_websocket_gives_up_at_the_deadline(websocket_server) -> None:
-    port, _ = websocket_server(b"")
-    with WebSocket("127.0.0.1", port, "/ws") as connection, pytest.raises(TimeoutError):
-        connection.receive(time.monotonic() + 0.1)
+def test_a_run_ends_with_what_the_server_says(stand_in: StandIn) -> None:
+    error = {"exception_type": "ValueError", "exception_message": " no ", "traceback": ["a", "b"]}
+    stand_in.say("execution_error", node_id="3", node_type="KSampler", **error)
+    with pytest.raises(GraphFailed, match=r"^Node 3 \(KSampler\) failed with ValueError: no$") as failed:
+        Client(stand_in.address).run({}, timeout=60)
+    assert failed.value.traceback == "ab"
+    stand_in.messages.clear()
+    stand_in.say("execution_interrupted")
+    with pytest.raises(GraphInterrupted):
+        Client(stand_in.address).run({}, timeout=60)
+    stand_in.messages.clear()
+    stand_in.closes = True
+    with pytest.raises(ServerGone, match="closed the connection"):
+        Client(stand_in.address).run({}, timeout=60)
+
+
+def test_a_run_that_takes_too_long_is_interrupted(stand_in: StandIn) -> None:
+    with pytest.raises(TimeoutError, match="within 1 seconds and was interrupted"):
+        Client(stand_in.address).run({}, timeout=1)
+    assert [path for path, _ in stand_in.asked] == ["/prompt", "/interrupt"]
+
+
+def test_a_graph_with_a_bad_branch_is_rejected_as_a_whole(stand_in: StandIn) -> None:
+    errors = {"7": {"class_type": "KSampler", "errors": [{"message": "Value too big", "details": "steps"}]}}
+    stand_in.answer = (200, json.dumps({"prompt_id": "ours", "node_errors": errors}))
+    with pytest.raises(GraphRejected, match=r"node 7 \(KSampler\): Value too big \(steps\)") as rejected:
+        Client(stand_in.address).run({}, timeout=60)
+    assert rejected.value.node_errors == errors
+    assert stand_in.asked[1:] == [("/queue", {"delete": ["ours"]}), ("/interrupt", {"prompt_id": "ours"})]
+
+
+def test_an_answer_that_is_not_comfyuis_is_shown(stand_in: StandIn) -> None:
+    stand_in.answer = (502, "<h1>Bad gateway</h1>")
+    with pytest.raises(GraphRejected, match=r"\(HTTP 502\): <h1>Bad gateway"):
+        Client(stand_in.address).run({}, timeout=60)
 
 
 def test_client_says_when_nobody_answers() -> None:
@@ -235,20 +298,95 @@ def test_demo_says_what_its_graph_lacks() -> None:
 
 
 def test_changed_known_pixel_fails_the_demo(tmp_path: Path) -> None:
-    import numpy as np
-    from PIL import Image
-
     image = np.full((8, 8, 3), 100, np.uint8)
     mask = np.zeros_like(image)
     mask[2:4, 2:4] = 255
-    for changed, code in (((3, 3), 0), ((5, 5), 3)):
+
+    def png(pixels: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "png")
+        return file.getvalue()
+
+    target = tmp_path / "out.png"
+    for changed, fails in (((3, 3), False), ((5, 5), True)):
         result = image.copy()
         result[changed] = 101
-        for name, pixels in (("scene", image), ("mask", mask), ("same", image), ("result", result)):
-            Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-        paths = [tmp_path / f"{name}.png" for name in ("out", "scene", "mask", "same", "result")]
-        done = subprocess.run(
-            [sys.executable, ROOT / "devtools" / "picture.py", *paths], capture_output=True, text=True
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        assert Image.open(tmp_path / "out.png").size == (4 * 8 + 3 * 8, 8)
+        files = png(image), png(mask), [png(image), png(result)]
+        if fails:
+            with pytest.raises(UserError, match="1 of 48 known pixels"):
+                picture.join(target, *files)
+        else:
+            assert picture.join(target, *files) == 48
+        assert Image.open(target).size == (4 * 8 + 3 * 8, 8)
+    with pytest.raises(UserError, match="differ in size"):
+        picture.join(target, png(image), png(mask[:4]), [png(image)])
+
+
+# The editor, as people call it
+
+
+@pytest.fixture
+def editor(host: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """A `dev.py comfyui` on a stand-in that answers; what it has said so far is read."""
+    own = host(ANSWER)
+    (own / "comfy").mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(own))
+    command = [sys.executable, ROOT / "dev.py", "comfyui", "--port", str(server_module.free_port()), "--cpu"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        yield process
+        process.kill()
+
+
+def said_until_ready(editor: subprocess.Popen[str]) -> str:
+    said = ""
+    assert editor.stdout is not None
+    for line in editor.stdout:
+        said += line
+        if "The editor with TrueFill is at" in line:
+            return said
+    assert editor.stderr is not None
+    raise AssertionError(said + editor.stderr.read())
+
+
+def base_of(pid: int) -> Path:
+    arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return Path(arguments[arguments.index("--base-directory") + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_an_interrupted_editor_puts_everything_away(editor: subprocess.Popen[str]) -> None:
+    child = child_of(said_until_ready(editor))
+    server = int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    base = base_of(server)
+    assert base.is_dir()
+    editor.send_signal(signal.SIGTERM)
+    _, errors = editor.communicate(timeout=60)
+    assert (editor.returncode, errors) == (130, "Interrupted.\n")
+    assert wait_until(lambda: not is_alive(server) and not is_alive(child))
+    assert not base.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_a_killed_editor_leaves_no_server(editor: subprocess.Popen[str]) -> None:
+    child = child_of(said_until_ready(editor))
+    server = int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    try:
+        editor.kill()
+        assert wait_until(lambda: not is_alive(server))
+    finally:
+        # The stand-in's own child does not end with it.
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_port_in_use_is_named(host: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = host(ANSWER)
+    (own / "comfy").mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(own))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, ROOT / "dev.py", "comfyui", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == f"dev.py: Port {port} is in use; choose another one with --port.\n"

@@ -52,6 +52,6 @@ def test_the_detector_has_the_published_size() -> None:
 
 
 def test_a_click_is_timed() -> None:
-    row = bench.row("sam2_tiny", 48, 64, 2)
+    row = bench.row("sam2_tiny", 48, 64, 1)
     assert row["network"] == "sam2_tiny" and row["picture"] == "64x48"
     assert row["first, s"] > 0 and row["next, s"] > 0 and row["asked for, MiB"] > 0

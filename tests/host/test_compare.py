@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import json
+import re
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed, GraphRejected, Result
-from devtools.pack import pack_module
+from devtools.pack import ROOT, pack_module
 from truefill_testing.graphs import node
 
 comparing = pack_module("imaging.compare")
@@ -158,3 +161,59 @@ def test_a_mistake_is_answered_in_one_sentence(server: Client, mistake: str) -> 
 def test_both_pictures_are_needed(server: Client, name: str) -> None:
     with pytest.raises(GraphRejected, match=name):
         server.run(graph(**{name: None}))
+
+
+def test_grey_above_the_noise_is_inside_and_what_was_done_about_the_noise_is_said(server: Client) -> None:
+    for value, text in (
+        (3 / 255, f"\nInside the mask: {BOX_PIXELS} of {BOX_PIXELS} pixels changed (100 %), max 128, mean 128 levels."),
+        (
+            2 / 255,
+            "\nInside the mask: no pixels.\nThe mask is not black, but nothing in it is above 2/255, which counts as ",
+        ),
+    ):
+        wired = graph(after=["changed", 0])
+        wired["hole"]["inputs"]["value"] = value
+        (figures,) = server.run(wired).outputs["compare"]["text"]
+        assert text in figures
+
+
+GRAPHS = {
+    path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "workflows" / "api").glob("*.json")
+}
+STITCHED = sorted(
+    name
+    for name, shipped in GRAPHS.items()
+    if {"TrueFillCompare", "TrueFillStitchRegion"} <= {found["class_type"] for found in shipped.values()}
+)
+
+
+def of_type(shipped: dict[str, Any], class_type: str) -> dict[str, dict[str, Any]]:
+    return {key: found["inputs"] for key, found in shipped.items() if found["class_type"] == class_type}
+
+
+@pytest.mark.parametrize("name", STITCHED)
+def test_in_a_shipped_graph_compare_gets_the_mask_of_what_may_have_changed(name: str) -> None:
+    shipped = GRAPHS[name]
+    (compare,) = of_type(shipped, "TrueFillCompare").values()
+    sources = [compare["mask"]]
+    if shipped[sources[0][0]]["class_type"] == "MaskComposite":
+        composite = shipped[sources[0][0]]["inputs"]
+        sources = [composite["destination"], composite["source"]]
+        assert {key for key, _ in sources} == set(of_type(shipped, "TrueFillStitchRegion"))
+    for key, output in sources:
+        assert (shipped[key]["class_type"], output) in {("TrueFillStitchRegion", 1), ("TrueFillUpscale", 1)}
+
+
+@pytest.mark.parametrize("name", [name for name in STITCHED if name.endswith("_demo")])
+def test_a_shipped_graph_reports_no_change_outside(server: Client, name: str) -> None:
+    shipped = copy.deepcopy(GRAPHS[name])
+    for sampler in of_type(shipped, "KSampler").values():
+        sampler["steps"] = 1
+    for upscaler in of_type(shipped, "TrueFillUpscale").values():
+        upscaler |= {"steps": 1, "tile": 0}
+    (key,) = of_type(shipped, "TrueFillCompare")
+    (figures,) = server.run(shipped).outputs[key]["text"]
+    outside, inside = figures.split("\n")
+    assert outside.startswith("Outside the mask: none of "), figures
+    changed, pixels = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+)(?: of| pixels)", inside))
+    assert 0.5 * pixels < changed <= pixels

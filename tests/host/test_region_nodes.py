@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -41,8 +43,14 @@ def crop(**inputs: Any) -> dict[str, Any]:
 
 
 def stitch(**inputs: Any) -> dict[str, Any]:
-    defaults = {"harmonise": "off", "colour": "mean", "band": 16, "mixed_gradients": False}
+    defaults = {"harmonize": "off", "color": "mean", "band": 16, "mixed_gradients": False}
     return node("TrueFillStitchRegion", **{"image": ["crop", 0], "region": ["crop", 2], **defaults, **inputs})
+
+
+def harmonized(**inputs: Any) -> dict[str, Any]:
+    pictures = {"image": ["picture", 0], "original": ["picture", 0], "mask": ["mask", 0]}
+    defaults = {"harmonize": "both", "color": "mean", "band": 16, "mixed_gradients": False}
+    return node("TrueFillHarmonize", **pictures | defaults | inputs)
 
 
 def base() -> dict[str, Any]:
@@ -120,7 +128,7 @@ def test_masks_are_cleaned_as_each_input_says(server: Client) -> None:
         "box at the end": ({"remove_specks": 26, "smooth": 1.0, "shape": "box"}, drawn(np.s_[8:48, 8:49])),
     }
     file = io.BytesIO()
-    # In colours: the host reads the white of a grey PNG as 254.
+    # In colors: the host reads the white of a grey PNG as 254.
     Image.fromarray(mask).convert("RGB").save(file, "PNG")
     graph = {
         "picture": node("LoadImage", image=server.upload_image(file.getvalue(), "drawn.png")),
@@ -135,15 +143,17 @@ def test_masks_are_cleaned_as_each_input_says(server: Client) -> None:
 
 
 @pytest.mark.parametrize("native", [64, 128, 256], ids=["smaller", "about the same", "larger"])
-@pytest.mark.parametrize("harmonise", ["off", "both"])
-def test_what_is_stitched_back_changes_the_hole_alone(server: Client, native: int, harmonise: str) -> None:
+@pytest.mark.parametrize("harmonize", ["off", "both"])
+def test_what_is_stitched_back_changes_the_hole_alone(server: Client, native: int, harmonize: str) -> None:
     graph = base() | {"crop": crop(native_size=native)}
     graph["other"] = node("ImageInvert", image=["crop", 0])
-    graph["stitch"] = stitch(image=["other", 0], harmonise=harmonise)
+    graph["stitch"] = stitch(image=["other", 0], harmonize=harmonize)
     graph["save crop"] = node("PreviewImage", images=["crop", 0])
     graph["save"] = node("PreviewImage", images=["stitch", 0])
-    images = server.run(shown(graph, mask=["mask", 0])).images
-    before, after, hole = (picture(images[name][0]) for name in ("save picture", "save", "save mask"))
+    images = server.run(shown(graph, mask=["mask", 0], changed=["stitch", 1])).images
+    before, after, hole, changed = (
+        picture(images[name][0]) for name in ("save picture", "save", "save mask", "save changed")
+    )
     small = picture(images["save crop"][0])
     assert small.shape[0] % 8 == small.shape[1] % 8 == 0
     assert 0.6 * native**2 < small.shape[0] * small.shape[1] < 1.5 * native**2
@@ -151,6 +161,10 @@ def test_what_is_stitched_back_changes_the_hole_alone(server: Client, native: in
     touched = morphology.grow(torch.from_numpy(hole[..., 0].copy()).float()[None] / 255, 7.0)[0, 0].numpy() > 0
     assert np.array_equal(after[~touched], before[~touched])
     assert (after[hole[..., 0] > 0] != before[hole[..., 0] > 0]).any(axis=1).mean() > 0.9
+    # What the node says may have changed is all that has, and no more than the hole and its edge.
+    assert set(np.unique(changed)) == {0, 255}
+    assert np.array_equal(after[changed[..., 0] == 0], before[changed[..., 0] == 0])
+    assert touched[changed[..., 0] > 0].all() and (changed[..., 0][hole[..., 0] > 0] == 255).all()
 
 
 def test_an_unchanged_crop_goes_back_bit_for_bit(server: Client) -> None:
@@ -164,7 +178,7 @@ def test_an_unchanged_crop_goes_back_bit_for_bit(server: Client) -> None:
 def test_several_results_of_one_crop_and_a_batch_of_pictures(server: Client) -> None:
     graph = base() | {"crop": crop()}
     graph["seeds"] = node("RepeatImageBatch", image=["crop", 0], amount=3)
-    graph["stitch"] = stitch(image=["seeds", 0], harmonise="colour")
+    graph["stitch"] = stitch(image=["seeds", 0], harmonize="color")
     graph["save"] = node("PreviewImage", images=["stitch", 0])
     assert len(server.run(graph).images["save"]) == 3
     graph = base()
@@ -174,7 +188,7 @@ def test_several_results_of_one_crop_and_a_batch_of_pictures(server: Client) -> 
     assert len(server.run(graph).images["save"]) == 2
 
 
-@pytest.mark.parametrize("method", ["blurred", "edge", "mean", "noise", "grey"])
+@pytest.mark.parametrize("method", ["blurred", "edge", "mean", "noise", "gray"])
 def test_the_hole_is_filled_and_nothing_else(server: Client, method: str) -> None:
     graph = base()
     graph["filled"] = node("TrueFillFillHole", image=["picture", 0], mask=["mask", 0], method=method, seed=0)
@@ -186,23 +200,14 @@ def test_the_hole_is_filled_and_nothing_else(server: Client, method: str) -> Non
     assert (after[inside] != before[inside]).any(axis=1).mean() > 0.9
 
 
-@pytest.mark.parametrize("mode", ["off", "colour", "poisson", "both"])
+@pytest.mark.parametrize("mode", ["off", "color", "poisson", "both"])
 def test_harmonize_takes_the_tone_shift_out(server: Client, mode: str) -> None:
     graph = base()
     graph["grey"] = node("EmptyImage", width=WIDTH, height=HEIGHT, batch_size=1, color=0x808080)
     graph["shifted"] = node(
         "ImageBlend", image1=["picture", 0], image2=["grey", 0], blend_factor=0.1, blend_mode="normal"
     )
-    graph["harmonized"] = node(
-        "TrueFillHarmonize",
-        image=["shifted", 0],
-        original=["picture", 0],
-        mask=["mask", 0],
-        harmonise=mode,
-        colour="covariance",
-        band=24,
-        mixed_gradients=False,
-    )
+    graph["harmonized"] = harmonized(image=["shifted", 0], harmonize=mode, color="covariance", band=24)
     graph["save"] = node("PreviewImage", images=["harmonized", 0])
     graph["save shifted"] = node("PreviewImage", images=["shifted", 0])
     images = server.run(shown(graph, mask=["mask", 0])).images
@@ -229,18 +234,9 @@ MISTAKES = {
     "pictures of two sizes": (
         {
             "small": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
-            "stitch": node(
-                "TrueFillHarmonize",
-                image=["small", 0],
-                original=["picture", 0],
-                mask=["mask", 0],
-                harmonise="both",
-                colour="mean",
-                band=16,
-                mixed_gradients=False,
-            ),
+            "stitch": harmonized(image=["small", 0]),
         },
-        r"The new picture is 64x64 pixels and the original 200x152: they have to be of one size",
+        r"'image' is 64x64 pixels and 'original' 200x152: they have to be of one size",
     ),
     "two results for three crops": (
         {
@@ -249,7 +245,24 @@ MISTAKES = {
             "two": node("RepeatImageBatch", image=["picture", 0], amount=2),
             "stitch": stitch(image=["two", 0]),
         },
-        r"2 new pictures can't be stitched into 3 crops",
+        r"'image' is a batch of 2, but the region has 3 crops: a batch of 3 is needed",
+    ),
+    "three pictures and two masks": (
+        {
+            "pictures": node("RepeatImageBatch", image=["picture", 0], amount=3),
+            "two": node("RepeatImageBatch", image=["mask scaled", 0], amount=2),
+            "masks": node("ImageToMask", image=["two", 0], channel="red"),
+            "crop": crop(image=["pictures", 0], mask=["masks", 0]),
+        },
+        r"These batches don't go together: 3 in 'image', 2 in 'mask'; each has to have 1 or 3\.",
+    ),
+    "as many to harmonize": (
+        {
+            "three": node("RepeatImageBatch", image=["picture", 0], amount=3),
+            "two": node("RepeatImageBatch", image=["picture", 0], amount=2),
+            "stitch": harmonized(image=["three", 0], original=["two", 0]),
+        },
+        r"These batches don't go together: 3 in 'image', 2 in 'original', 1 in 'mask'; each has to have 1 or 3\.",
     ),
 }
 
@@ -262,3 +275,122 @@ def test_a_mistake_is_answered_in_one_sentence(server: Client, mistake: str) -> 
     with pytest.raises(GraphFailed, match=message) as failed:
         server.run(graph)
     assert "\n" not in failed.value.message.strip()
+
+
+SIDE, BOX = 256, {"x": 80, "y": 80}
+BOX_SIDE = 64
+
+
+def toy(background: float, box: float) -> dict[str, Any]:
+    """The toy scene and a mask of one box on a background."""
+    return {
+        "photo": node("TrueFillExamplePhoto", photo="toy scene"),
+        "background": node("SolidMask", value=background, width=SIDE, height=SIDE),
+        "box": node("SolidMask", value=box, width=BOX_SIDE, height=BOX_SIDE),
+        "mask": node("MaskComposite", destination=["background", 0], source=["box", 0], operation="add", **BOX),
+    }
+
+
+@pytest.mark.parametrize("feather", [0.0, 16.0])
+@pytest.mark.parametrize("background", [0.0, 0.004])
+@pytest.mark.parametrize("grey", [0.498, 1.0])
+def test_a_grey_hole_is_a_hole_with_and_without_a_feather(
+    server: Client, grey: float, background: float, feather: float
+) -> None:
+    graph = toy(background, grey - background) | {
+        "crop": crop(image=["photo", 0], native_size=256, feather=feather, context_pixels=32, min_side=128),
+        "other": node("ImageInvert", image=["crop", 0]),
+        "stitch": stitch(image=["other", 0]),
+        "compare": node("TrueFillCompare", before=["photo", 0], after=["stitch", 0], mask=["stitch", 1]),
+    }
+    (figures,) = server.run(graph).outputs["compare"]["text"]
+    outside, inside = figures.split("\n")
+    if feather:
+        # A disc of 16 pixels at each corner, but for the faint end of the soft edge.
+        assert 0.97 < pixels_of(inside) / (BOX_SIDE**2 + 4 * 16 * BOX_SIDE + math.pi * 16**2) < 1.0
+    else:
+        assert pixels_of(inside) == BOX_SIDE**2
+    assert outside == f"Outside the mask: none of {SIDE**2 - pixels_of(inside):,} pixels changed."
+    # Of a pixel's channels one differs from its inverse by more than a third.
+    assert float(re.findall(r"max ([\d.]+)", inside)[0]) > 85 * (1.0 if feather else grey)
+
+
+def pixels_of(figures: str) -> int:
+    return int(re.findall(r"of ([\d,]+) pixels", figures)[0].replace(",", ""))
+
+
+def test_pilot_fills_a_box_on_a_background_that_is_nearly_black(server: Client) -> None:
+    graph = toy(0.004, 1.0) | {
+        "demo": node("TrueFillDemoModel", kind="text-to-image"),
+        "positive": node(
+            "TrueFillEncodePrompt", clip=["demo", 1], prompt="a pink ring", quality_suffix=False, suffix=""
+        ),
+        "negative": node("CLIPTextEncode", clip=["demo", 1], text=""),
+        "pilot": node(
+            "TrueFillPILOT",
+            model=["demo", 0],
+            positive=["positive", 0],
+            negative=["negative", 0],
+            vae=["demo", 2],
+            image=["photo", 0],
+            mask=["mask", 0],
+            seed=1,
+            steps=2,
+            cfg=7.5,
+            scheduler="ddim_uniform",
+            preset="text",
+            coherence=1,
+            interval=2,
+            iterations=1,
+            learning_rate=0.025,
+            first_rate=0.007,
+            momentum=0.7,
+            coefficient=150,
+            boundary=1,
+            memory="auto",
+            feather=0,
+        ),
+        "compare": node("TrueFillCompare", before=["photo", 0], after=["pilot", 1], mask=["mask", 0]),
+    }
+    (figures,) = server.run(graph).outputs["compare"]["text"]
+    outside, inside, note = figures.split("\n")
+    assert outside == f"Outside the mask: none of {SIDE**2 - BOX_SIDE**2:,} pixels changed."
+    assert pixels_of(inside) == BOX_SIDE**2 and "changed (" in inside
+    assert note == "The mask has a background that is mostly not black, but at most 2/255, which counts as known."
+
+
+THIN = {"1 x N": (1, 300), "N x 1": (300, 1), "8 x 4096": (8, 4096)}
+
+
+@pytest.mark.parametrize("size", list(THIN))
+def test_very_thin_pictures_go_through_every_node(server: Client, size: str) -> None:
+    height, width = THIN[size]
+    graph = {
+        "picture": node("EmptyImage", width=width, height=height, batch_size=1, color=0x406080),
+        "known": node("SolidMask", value=0.0, width=width, height=height),
+        "hole": node("SolidMask", value=1.0, width=max(1, width // 8), height=max(1, height // 8)),
+        "drawn": node(
+            "MaskComposite",
+            destination=["known", 0],
+            source=["hole", 0],
+            x=width // 2,
+            y=height // 2,
+            operation="add",
+        ),
+        "grown": node("TrueFillGrowMask", mask=["drawn", 0], pixels=3.0),
+        "soft": node("TrueFillFeatherMask", mask=["grown", 0], pixels=4.0, where="outside", curve="smooth"),
+        "shaped": node("TrueFillMaskShape", mask=["soft", 0], shape="irregular", seed=0, growth=0.25, strokes=4),
+        "mask": node(
+            "TrueFillCleanMask", mask=["shaped", 0], remove_specks=2, fill_islands=9, smooth=0.0, shape="convex hull"
+        ),
+        "filled": node("TrueFillFillHole", image=["picture", 0], mask=["mask", 0], method="blurred", seed=0),
+        "crop": crop(image=["filled", 0], native_size=512, feather=16.0),
+        "other": node("ImageInvert", image=["crop", 0]),
+        "stitch": stitch(image=["other", 0], harmonize="both"),
+        "harmonized": harmonized(image=["stitch", 0], original=["picture", 0], mask=["soft", 0]),
+        "compare": node("TrueFillCompare", before=["picture", 0], after=["harmonized", 0], mask=["stitch", 1]),
+        "save": node("PreviewImage", images=["harmonized", 0]),
+    }
+    result = server.run(graph)
+    assert picture(result.images["save"][0]).shape == (height, width, 3)
+    assert result.outputs["compare"]["text"][0].startswith("Outside the mask: no")

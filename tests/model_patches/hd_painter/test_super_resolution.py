@@ -20,7 +20,7 @@ import comfy.sample  # noqa: E402
 upscaling = pack_module("model_patches.hd_painter.super_resolution")
 tiles = pack_module("model_patches.hd_painter.tiled_sampling")
 Box = pack_module("imaging.region_plan").Box
-Harmony = pack_module("imaging.harmonise").Harmony
+Harmony = pack_module("imaging.harmonize").Harmony
 OFF = Harmony("off")
 
 
@@ -105,15 +105,15 @@ def test_an_all_hole_picture_in_one_tile_is_the_hosts_plain_x4_sampling() -> Non
     assert torch.equal(result, diffusion.vae.decode(plain))
 
 
-@pytest.mark.parametrize("harmonise", ["off", "poisson", "both"])
+@pytest.mark.parametrize("harmonize", ["off", "poisson", "both"])
 @pytest.mark.parametrize("tile", [0, 64])
-def test_outside_of_the_widened_hole_the_picture_is_the_original_bit_for_bit(harmonise: str, tile: int) -> None:
+def test_outside_of_the_widened_hole_the_picture_is_the_original_bit_for_bit(harmonize: str, tile: int) -> None:
     picture, mask = pictures(1, 97, 131, 4), square(97, 131, 30, 50, 20)
     diffusion, sampling = x4()
     before = picture.clone()
     layout = upscaling.Layout(tile=tile, overlap=16, expand=5)
     result = upscaling.upscale_hole(
-        picture, pictures(1, 24, 33), mask, diffusion, None, sampling, layout, Harmony(harmonise)
+        picture, pictures(1, 24, 33), mask, diffusion, None, sampling, layout, Harmony(harmonize)
     )
     distance = pack_module("imaging.morphology").distance_to_hole(mask)[0, 0]
     assert result.shape == picture.shape and torch.equal(picture, before)
