@@ -148,7 +148,7 @@ def work(options: argparse.Namespace) -> None:
     make_triplet = pack_module("training.world.triplets").make_triplet
     judge = pack_module("evaluation.judge").Judge(options.weights)
     models = accuracy.Models(options.weights)
-    sampling = accuracy.Sampling(steps=options.steps, cfg=options.cfg)
+    sampling = accuracy.KSampling(steps=options.steps, cfg=options.cfg)
     rows = tasks(options)
     done = {(outcome["row"], outcome["index"]) for outcome in kept(options, rows)}
     for place, index in enumerate(numbers(options)):

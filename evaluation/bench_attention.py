@@ -32,7 +32,7 @@ import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
 
-guidance = pack_module("model_patches.core.guidance")
+sampling_run = pack_module("model_patches.core.sampling_run")
 full_size = pack_module("evaluation.full_size")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
@@ -114,10 +114,10 @@ def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> No
 
 
 def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], None]]:
-    painta = guidance.with_painta(model, PAIntA())
-    boundary = guidance.with_boundary(model, SemanticBoundary())
-    rasg = guidance.with_rasg(model, RASG())
-    both = guidance.with_rasg(painta, RASG())
+    painta = sampling_run.with_method(model, PAIntA())
+    boundary = sampling_run.with_method(model, SemanticBoundary())
+    rasg = sampling_run.with_method(model, RASG())
+    both = sampling_run.with_method(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
         "plain": lambda: scene.sample(model, EULER),
         "PAIntA": lambda: scene.sample(painta, EULER),

@@ -203,7 +203,7 @@ def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dic
     unet = comfy.model_patcher.ModelPatcher(config.get_model({}, device=torch.device("meta")), cpu, cpu)
     network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=X4_VAE, embed_dim=4)
     vae = comfy.sd.VAE(sd=network.state_dict(), dtype=torch.float16)
-    engine = upscale.X4(upscale.Diffusion(unet, None, None, vae), upscale.Sampling())
+    engine = upscale.X4(upscale.Diffusion(model=unet, positive=None, negative=None, vae=vae), upscale.UpscaleSampling())
     rows = []
     for side in tiles:
         sampling, decoding = engine.memory(side // engine.factor, side // engine.factor)
