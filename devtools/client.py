@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .websocket import ConnectionLost, WebSocket
+import aiohttp
 
 Graph = dict[str, Any]
 
@@ -83,41 +82,49 @@ def _describe_rejection(answer: dict[str, Any]) -> str:
 
 
 class Client:
-    """Talks to the ComfyUI at `address` ("http://127.0.0.1:8188"). Calls may come from several threads."""
+    """Talks to the ComfyUI at `address` ("http://127.0.0.1:8188"). Calls may come from several threads.
+
+    All raise ServerGone where nobody answers, and aiohttp's ClientResponseError for an answer that is an HTTP error.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
 
-    def _open(self, path: str, data: bytes | None = None, headers: dict[str, str] | None = None, timeout: float = 60):
-        request = urllib.request.Request(self.address + path, data=data, headers=headers or {})
-        # A proxy that the user has set for the internet must not see calls to this machine.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        return opener.open(request, timeout=timeout)
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except aiohttp.ClientResponseError:
+            raise
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise ServerGone(f"ComfyUI at {self.address} does not answer: {error}") from error
+
+    async def _ask(
+        self, session: aiohttp.ClientSession, method: str, path: str, timeout: float = 60, **options: Any
+    ) -> bytes:
+        limit = aiohttp.ClientTimeout(total=timeout)
+        with self._reached():
+            try:
+                async with session.request(method, self.address + path, timeout=limit, **options) as response:
+                    response.raise_for_status()
+                    return await response.read()
+            except asyncio.TimeoutError:
+                raise ServerGone(f"ComfyUI at {self.address} does not answer within {timeout:.0f} seconds.") from None
+
+    def _ask_once(self, method: str, path: str, timeout: float = 60, **options: Any) -> bytes:
+        async def ask() -> bytes:
+            async with aiohttp.ClientSession() as session:
+                return await self._ask(session, method, path, timeout, **options)
+
+        return asyncio.run(ask())
 
     def get(self, path: str, timeout: float = 60) -> bytes:
-        """GET a path and return the body; raises ServerGone where nobody answers."""
-        try:
-            with self._open(path, timeout=timeout) as response:
-                return response.read()
-        except urllib.error.HTTPError:
-            raise
-        except OSError as error:
-            raise ServerGone(f"ComfyUI at {self.address} does not answer: {error}") from error
+        """GET a path and return the body."""
+        return self._ask_once("GET", path, timeout)
 
     def get_json(self, path: str, timeout: float = 60) -> Any:
         """GET a path and decode the JSON in the answer."""
         return json.loads(self.get(path, timeout))
-
-    def post_json(self, path: str, body: Any) -> Any:
-        """POST JSON; returns the decoded answer, or None for an empty one."""
-        try:
-            with self._open(path, json.dumps(body).encode(), {"Content-Type": "application/json"}) as response:
-                text = response.read()
-        except urllib.error.HTTPError:
-            raise
-        except OSError as error:
-            raise ServerGone(f"ComfyUI at {self.address} does not answer: {error}") from error
-        return json.loads(text) if text.strip() else None
 
     def object_info(self) -> dict[str, Any]:
         """The descriptions of all nodes, by node id."""
@@ -125,71 +132,51 @@ class Client:
 
     def interrupt(self) -> None:
         """Stop whatever runs."""
-        self.post_json("/interrupt", {})
+        self._ask_once("POST", "/interrupt", json={})
 
     def view(self, filename: str, subfolder: str = "", kind: str = "output") -> bytes:
         """Fetch one file from the output, temp or input folder."""
-        query = urllib.parse.urlencode({"filename": filename, "subfolder": subfolder, "type": kind})
-        return self.get(f"/view?{query}")
+        return self._ask_once("GET", "/view", params={"filename": filename, "subfolder": subfolder, "type": kind})
 
     def upload_image(self, data: bytes, filename: str) -> str:
         """Put a picture into the input folder; returns the name for a LoadImage node."""
-        boundary = uuid.uuid4().hex
-        body = b"".join(
-            [
-                f"--{boundary}\r\nContent-Disposition: form-data; ".encode(),
-                f'name="image"; filename="{filename}"\r\nContent-Type: application/octet-stream\r\n\r\n'.encode(),
-                data,
-                f'\r\n--{boundary}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'.encode(),
-                f"--{boundary}--\r\n".encode(),
-            ]
-        )
-        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        with self._open("/upload/image", body, headers) as response:
-            answer = json.loads(response.read())
+        form = aiohttp.FormData({"overwrite": "true"})
+        form.add_field("image", data, filename=filename)
+        answer = json.loads(self._ask_once("POST", "/upload/image", data=form))
         return f"{answer['subfolder']}/{answer['name']}" if answer.get("subfolder") else answer["name"]
-
-    def _queue(self, graph: Graph, client_id: str) -> str:
-        try:
-            answer = self.post_json("/prompt", {"prompt": graph, "client_id": client_id})
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")
-            try:
-                answer = json.loads(text)
-            except ValueError:
-                raise GraphRejected(f"ComfyUI rejected the graph (HTTP {error.code}): {text[:300]}", {}) from None
-            raise GraphRejected(_describe_rejection(answer), answer.get("node_errors", {})) from None
-        if answer.get("node_errors"):
-            # The host would run the valid branches alone and stay silent about the others.
-            self.post_json("/queue", {"delete": [answer["prompt_id"]]})
-            self.post_json("/interrupt", {"prompt_id": answer["prompt_id"]})
-            raise GraphRejected(_describe_rejection(answer), answer["node_errors"])
-        return answer["prompt_id"]
 
     def run(
         self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, timeout: float = 600.0
     ) -> Result:
         """Queue a graph in API format, wait for its end and fetch its pictures.
 
-        Raises GraphRejected, GraphFailed, GraphInterrupted, ServerGone, and TimeoutError after `timeout` seconds
-        (then the run is interrupted).
+        Raises GraphRejected, GraphFailed, GraphInterrupted, and TimeoutError after `timeout` seconds (then the run is
+        interrupted). `on_progress` must not call this client: another thread may.
         """
         begin = time.monotonic()
         client_id = uuid.uuid4().hex
-        url = urllib.parse.urlsplit(self.address)
         messages: list[dict[str, Any]] = []
+
+        async def run() -> tuple[str, dict[str, Any]]:
+            address = f"{self.address}/ws?clientId={client_id}"
+            async with aiohttp.ClientSession() as session:
+                with self._reached():
+                    # Previews of pictures are messages too, of any size.
+                    async with session.ws_connect(address, max_msg_size=0) as socket:
+                        await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+                        prompt_id = await self._queue(session, graph, client_id)
+                        await self._follow(socket, graph, prompt_id, on_progress, messages)
+                history = json.loads(await self._ask(session, "GET", f"/history/{prompt_id}"))
+                return prompt_id, history[prompt_id]
+
+        async def run_in_time() -> tuple[str, dict[str, Any]]:
+            return await asyncio.wait_for(run(), timeout)
+
         try:
-            with WebSocket(url.hostname or "127.0.0.1", url.port or 80, f"/ws?clientId={client_id}") as socket:
-                flags = {"type": "feature_flags", "data": {"supports_preview_metadata": True}}
-                socket.send(json.dumps(flags))
-                prompt_id = self._queue(graph, client_id)
-                self._follow(socket, graph, prompt_id, on_progress, messages, begin + timeout)
-        except TimeoutError:
+            prompt_id, history = asyncio.run(run_in_time())
+        except asyncio.TimeoutError:
             self.interrupt()
             raise TimeoutError(f"The graph did not finish within {timeout:.0f} seconds and was interrupted.") from None
-        except (ConnectionLost, ConnectionError) as error:
-            raise ServerGone(f"ComfyUI at {self.address} does not answer: {error}") from error
-        history = self.get_json(f"/history/{prompt_id}")[prompt_id]
         images = {
             node_id: [self.view(item["filename"], item["subfolder"], item["type"]) for item in output["images"]]
             for node_id, output in history["outputs"].items()
@@ -199,14 +186,29 @@ class Client:
         status = history["status"]["status_str"]
         return Result(images, status, seconds, prompt_id, history["outputs"], messages)
 
-    def _follow(
+    async def _queue(self, session: aiohttp.ClientSession, graph: Graph, client_id: str) -> str:
+        body = {"prompt": graph, "client_id": client_id}
+        async with session.post(f"{self.address}/prompt", json=body) as response:
+            text = await response.text(errors="replace")
+            try:
+                answer = json.loads(text)
+            except ValueError:
+                raise GraphRejected(f"ComfyUI rejected the graph (HTTP {response.status}): {text[:300]}", {}) from None
+        if response.ok and answer.get("node_errors"):
+            # The host would run the valid branches alone and stay silent about the others.
+            await self._ask(session, "POST", "/queue", json={"delete": [answer["prompt_id"]]})
+            await self._ask(session, "POST", "/interrupt", json={"prompt_id": answer["prompt_id"]})
+        if not response.ok or answer.get("node_errors"):
+            raise GraphRejected(_describe_rejection(answer), answer.get("node_errors", {}))
+        return answer["prompt_id"]
+
+    async def _follow(
         self,
-        socket: WebSocket,
+        socket: aiohttp.ClientWebSocketResponse[Any],
         graph: Graph,
         prompt_id: str,
         on_progress: Callable[[Progress], None] | None,
         messages: list[dict[str, Any]],
-        deadline: float,
     ) -> None:
         """Read messages until this run has ended and is in the history."""
 
@@ -214,11 +216,10 @@ class Client:
             if on_progress is not None:
                 on_progress(Progress(node_id, graph.get(node_id, {}).get("class_type", ""), value, maximum))
 
-        while True:
-            text = socket.receive(deadline)
-            if text is None:
+        async for received in socket:
+            if received.type is not aiohttp.WSMsgType.TEXT:
                 continue
-            message = json.loads(text)
+            message = received.json()
             data = message.get("data", {})
             if data.get("prompt_id") != prompt_id:
                 continue
@@ -241,3 +242,4 @@ class Client:
                     # Sent after the history is written, unlike execution_success.
                     return
                 report(data["node"])
+        raise ServerGone(f"ComfyUI at {self.address} closed the connection.")

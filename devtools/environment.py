@@ -6,8 +6,12 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from . import pip
@@ -33,6 +37,34 @@ for package in metadata.distributions():
         broken.append(name)
 print(json.dumps([versions, broken]))
 """
+
+
+@contextmanager
+def exclusive(path: Path, timeout: float = 1800.0) -> Iterator[None]:
+    """Let one process at a time in; the others wait, and raise UserError after `timeout` seconds.
+
+    SQLite's lock on an empty database is the one in the standard library that works on every system and is dropped by it
+    when its holder dies.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + timeout
+    waiting = False
+    # Its own waiting can't be interrupted.
+    with closing(sqlite3.connect(path, timeout=0.0, isolation_level=None)) as database:
+        while True:
+            try:
+                database.execute("BEGIN EXCLUSIVE")
+                break
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise UserError(f"{path} can't be locked ({error}); remove it and try again.") from error
+            if time.monotonic() > deadline:
+                raise UserError(f"Another dev.py has been setting up for {timeout:.0f} seconds; wait for it or end it.")
+            if not waiting:
+                print("Waiting for another dev.py that is setting up ...", flush=True)
+                waiting = True
+            time.sleep(0.5)
+        yield
 
 
 def venv_python(venv: Path = VENV) -> Path:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from . import launch
 from .client import Client, ServerGone
 from .paths import CACHE, LOGS, ROOT, UserError
 
@@ -137,7 +138,7 @@ class Server:
 
     def _start(self) -> None:
         LOGS.mkdir(parents=True, exist_ok=True)
-        command = [str(self.python), str(ROOT / "devtools" / "launch.py"), str(self.host / "main.py")]
+        command = launch.command("--tied", self.host / "main.py", python=self.python)
         command += ["--listen", "127.0.0.1", "--port", str(self.port), "--disable-auto-launch"]
         if self.base is None:
             _remove_old_runs()

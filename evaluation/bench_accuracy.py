@@ -32,21 +32,30 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import numpy as np
+import torch
+from PIL import Image
 
-from truefill_testing.host import pack_module  # noqa: E402
+from devtools.launch import command
+
+from ..model_patches.hd_painter.rasg import RASG
+from ..training.demo.samples import grid
+from ..training.world.triplets import make_triplet
+from ..weights.demo_model import FILES, FOLDER
+from . import accuracy
+from .judge import Judge
+from .metrics import mean_interval, wilson_interval
+from .tables import show_table
 
 # HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
 PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
+MODULE = "evaluation.bench_accuracy"
 GRID_TRIPLETS = 8
 LOG_LINES = 15
-WEIGHTS = ROOT / "weights" / "demo"
 
 
 def parse() -> argparse.Namespace:
     """The command line's options."""
-    accuracy = pack_module("evaluation.accuracy")
     models = list(accuracy.MODELS)
     known = list(dict.fromkeys(row.name for row in accuracy.methods(models, [0.0])))
     parser = argparse.ArgumentParser(prog="python dev.py bench accuracy", description=(__doc__ or "").split("\n")[0])
@@ -60,7 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
     parser.add_argument("--captions", type=int, default=0, metavar="N", help="text-to-image instead, on N captions")
     parser.add_argument(
-        "--weights", type=Path, default=WEIGHTS, help="folder of the demo model's files (default: weights/demo)"
+        "--weights", type=Path, default=FOLDER, help="folder of the demo model's files (default: weights/demo)"
     )
     parser.add_argument("--workers", type=int, help="processes of one thread (default: one a core; 1 on a GPU)")
     parser.add_argument("--outcomes", type=Path, help="file to keep the outcomes in, and to go on from")
@@ -82,9 +91,7 @@ def tasks(options: argparse.Namespace) -> list[Any]:
     """The rows that are asked for; None stands for text-to-image."""
     if options.captions:
         return [None]
-    accuracy = pack_module("evaluation.accuracy")
-    rasg = pack_module("model_patches.hd_painter.rasg").RASG
-    found = accuracy.methods(options.models, options.etas or [rasg().eta])
+    found = accuracy.methods(options.models, options.etas or [RASG().eta])
     return [method for method in found if method.name in options.methods]
 
 
@@ -117,7 +124,7 @@ def settings(options: argparse.Namespace, row: Any) -> dict[str, Any]:
 def digest(folder: Path) -> str:
     """Which weights these are."""
     found = hashlib.sha256()
-    for name in sorted(pack_module("weights.demo_model").FILES.values()):
+    for name in sorted(FILES.values()):
         found.update((folder / name).read_bytes())
     return found.hexdigest()[:12]
 
@@ -140,13 +147,8 @@ def keep(
 
 def work(options: argparse.Namespace) -> None:
     """One worker: its share of the triplets under every method, a line of JSON for each picture."""
-    import torch
-    from PIL import Image
-
     share, shares, folder = options.share.split("/", 2)
-    accuracy = pack_module("evaluation.accuracy")
-    make_triplet = pack_module("training.world.triplets").make_triplet
-    judge = pack_module("evaluation.judge").Judge(options.weights)
+    judge = Judge(options.weights)
     models = accuracy.Models(options.weights)
     sampling = accuracy.KSampling(steps=options.steps, cfg=options.cfg)
     rows = tasks(options)
@@ -189,7 +191,8 @@ def outcomes(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
             errors = folder / f"worker-{number}.log"
             with errors.open("w") as log:
                 process = subprocess.Popen(
-                    [sys.executable, __file__, *sys.argv[1:], "--share", f"{number}/{workers}/{folder}"],
+                    command("--tied", "-p", MODULE, *sys.argv[1:], "--share", f"{number}/{workers}/{folder}"),
+                    stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
@@ -236,7 +239,6 @@ def progress(found: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]
 
 def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]] | None) -> dict[str, Any]:
     """One row of the table; `plain` are the outcomes of plain inpainting, of the same triplets in the same order."""
-    metrics = pack_module("evaluation.metrics")
     count = len(found)
     right = sum(outcome["right"] for outcome in found)
     row: dict[str, Any] = {
@@ -245,13 +247,13 @@ def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]
         "eta": None if method is None else method.eta,
         "n": count,
         "accuracy": right / count,
-        "ci95": metrics.wilson_interval(right, count),
+        "ci95": wilson_interval(right, count),
         "nothing": sum(outcome["empty"] for outcome in found) / count,
-        "seconds": metrics.mean_interval([outcome["seconds"] for outcome in found])[0],
+        "seconds": mean_interval([outcome["seconds"] for outcome in found])[0],
     }
     if method is None:
         return row
-    seam, low, high = metrics.mean_interval([outcome["seam"] for outcome in found])
+    seam, low, high = mean_interval([outcome["seam"] for outcome in found])
     row |= {
         "background_max_error": max(outcome["background_error"] for outcome in found),
         "seam": seam,
@@ -263,9 +265,7 @@ def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]
         row["background_before"] = sum(changes) / count
     if plain is not None and plain is not found:
         pairs = zip(found, plain, strict=True)
-        gain, low, high = metrics.mean_interval(
-            [float(ours["right"]) - float(theirs["right"]) for ours, theirs in pairs]
-        )
+        gain, low, high = mean_interval([float(ours["right"]) - float(theirs["right"]) for ours, theirs in pairs])
         row |= {"gain": gain, "gain_ci95": (low, high)}
     return row
 
@@ -307,25 +307,21 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 def write_grid(options: argparse.Namespace, rows: Sequence[Any], folder: Path) -> None:
     """The first triplets: scene, hole, and what each method made of it."""
-    import numpy as np
-    from PIL import Image
-
-    samples = pack_module("training.demo.samples")
     lines, captions = [], []
     for place, index in list(enumerate(numbers(options)))[:GRID_TRIPLETS]:
         made = [np.asarray(Image.open(folder / f"{place}-{number}.png")) for number in range(len(rows))]
         if options.captions:
             lines.append(made)
-            captions.append([pack_module("evaluation.accuracy").make_caption(options.split, index).text])
+            captions.append([accuracy.make_caption(options.split, index).text])
             continue
-        triplet = pack_module("training.world.triplets").make_triplet(options.split, index)
+        triplet = make_triplet(options.split, index)
         hole = np.where(triplet.hole[..., None], np.uint8(128), triplet.scene.picture)
         lines.append([triplet.scene.picture, hole, *made])
         names = [
             f"{method.model} {method.name}" + ("" if method.eta is None else f", eta {method.eta:g}") for method in rows
         ]
         captions.append([triplet.kind, triplet.prompt, *names])
-    samples.grid(lines, captions).save(options.grid, optimize=True)
+    grid(lines, captions).save(options.grid, optimize=True)
 
 
 def main() -> int:
@@ -334,11 +330,7 @@ def main() -> int:
     if options.share:
         work(options)
         return 0
-    import torch
-
-    missing = [
-        name for name in pack_module("weights.demo_model").FILES.values() if not (options.weights / name).is_file()
-    ]
+    missing = [name for name in FILES.values() if not (options.weights / name).is_file()]
     if missing:
         print(
             f"bench accuracy: {options.weights} has no {missing[0]}: name a folder that `dev.py train export` has written.",
@@ -369,7 +361,7 @@ def main() -> int:
     results = [
         summary(row, mine, plain.get(row.model) if row else None) for row, mine in zip(rows, by_row, strict=True)
     ]
-    pack_module("evaluation.tables").show_table("Shares are in percent.", [cells(result) for result in results])
+    show_table("Shares are in percent.", [cells(result) for result in results])
     if options.json:
         common = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
         options.json.write_text(json.dumps([common | result for result in results], indent=1))
@@ -377,7 +369,3 @@ def main() -> int:
     for row in worse:
         print(f"{row['model']}: PAIntA + RASG is below plain by more than noise.", file=sys.stderr)
     return 1 if worse else 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,39 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import torch
 
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
-
-ensure_host()
-
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.samplers  # noqa: E402
-import torch  # noqa: E402
-
-sampling_run = pack_module("model_patches.core.sampling_run")
-full_size = pack_module("evaluation.full_size")
-PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
-RASG = pack_module("model_patches.hd_painter.rasg").RASG
-SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
+from ..imaging.masks import hole_cells
+from ..model_patches.core.sampling_run import with_method
+from ..model_patches.core.unet_attention import transformer_places
+from ..model_patches.hd_painter.painta import PAIntA, prompt_relevance
+from ..model_patches.hd_painter.rasg import RASG, attention_score
+from ..model_patches.pilot.semantic_boundary import SemanticBoundary
+from . import full_size
 
 EULER = comfy.samplers.sampler_object("euler")
 
 
-def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> None:
+def literal_painta_step(model: Any, scene: Any) -> None:
     """One step of PAIntA with the whole score matrix of each head, multiplied and softmaxed in the open."""
-    relevance = pack_module("model_patches.hd_painter.painta").prompt_relevance
-    hole_cells = pack_module("imaging.masks").hole_cells
-    places = pack_module("model_patches.core.unet_attention").transformer_places(model.model.diffusion_model)
+    places = transformer_places(model.model.diffusion_model)
     tokens = scene.sides[0][0][1]["truefill_prompt_tokens"]
     context = scene.sides[0][0][0]
     model = model.clone()
@@ -62,7 +54,7 @@ def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> 
             query = t.module.attn2.to_q(t.module.norm2(x[row : row + 1] + y[row : row + 1]))
             key = t.module.attn2.to_k(context.to(query))
             grid = tuple(options["activations_shape"][-2:])
-            c = relevance(query, key, heads, tokens.to(query.device), grid, True)[0]
+            c = prompt_relevance(query, key, heads, tokens.to(query.device), grid, True)[0]
             hole = hole_cells(scene.hole, grid).flatten().to(c.device)
             scores = scores * torch.where(hole[:, None] & ~hole[None, :], c.to(scores.dtype)[None, :], 1.0)
             return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -78,12 +70,10 @@ def literal_painta_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> 
         scene.sample(model, EULER)
 
 
-def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> None:
+def literal_rasg_step(model: Any, scene: Any) -> None:
     """One RASG step as released: whole graph, both halves, weights that require gradients; then Euler's step."""
-    attention_score = pack_module("model_patches.hd_painter.rasg").attention_score
-    hole_cells = pack_module("imaging.masks").hole_cells
     unet = model.model.diffusion_model
-    places = [t for t in pack_module("model_patches.core.unet_attention").transformer_places(unet) if t.factor == 4]
+    places = [t for t in transformer_places(unet) if t.factor == 4]
     device, dtype = next(unet.parameters()).device, unet.dtype
     maps: list[torch.Tensor] = []
     tokens = scene.sides[0][0][1]["truefill_prompt_tokens"][0]
@@ -93,7 +83,7 @@ def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> No
         k = module.to_k(kwargs["context"]).unflatten(2, (module.heads, -1)).transpose(1, 2)
         maps.append((q @ k.mT * module.dim_head**-0.5).mean(dim=1)[1:])
 
-    handles = [t.module.attn2.register_forward_pre_hook(record, with_kwargs=True) for t in places]
+    handles = [t.cross.register_forward_pre_hook(record, with_kwargs=True) for t in places]
     unet.requires_grad_(True)
     try:
         latent = scene.noise.to(device).requires_grad_()
@@ -114,10 +104,10 @@ def literal_rasg_step(model: comfy.model_patcher.ModelPatcher, scene: Any) -> No
 
 
 def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], None]]:
-    painta = sampling_run.with_method(model, PAIntA())
-    boundary = sampling_run.with_method(model, SemanticBoundary())
-    rasg = sampling_run.with_method(model, RASG())
-    both = sampling_run.with_method(painta, RASG())
+    painta = with_method(model, PAIntA())
+    boundary = with_method(model, SemanticBoundary())
+    rasg = with_method(model, RASG())
+    both = with_method(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
         "plain": lambda: scene.sample(model, EULER),
         "PAIntA": lambda: scene.sample(painta, EULER),
@@ -198,7 +188,3 @@ def main() -> None:
         options.json.write_text(
             json.dumps({"machine": full_size.machine(device), "dtype": str(dtype), "rows": results}, indent=1)
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -10,28 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import comfy.ops
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch.autograd.graph import saved_tensors_hooks
 
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
-
-ensure_host()
-
-import comfy.ops  # noqa: E402
-import torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
-from torch.autograd.graph import saved_tensors_hooks  # noqa: E402
-
-chunks = pack_module("model_patches.core.call_rows")
-centralisation = pack_module("model_patches.pilot.semantic_centralisation")
-full_size = pack_module("evaluation.full_size")
-pilot = pack_module("model_patches.pilot.sampler")
-show_table = pack_module("evaluation.tables").show_table
-unets = pack_module("model_patches.core.unet_attention")
+from ..model_patches.core import call_rows
+from ..model_patches.core import unet_attention as unets
+from ..model_patches.core.prompt_tokens import PromptTokens
+from ..model_patches.core.protocol import UNetCall
+from ..model_patches.pilot import sampler as pilot
+from ..model_patches.pilot import semantic_centralisation as centralisation
+from . import full_size
+from .tables import show_table
 
 FAMILIES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "SD": (full_size.SD15, torch.float32),
@@ -58,21 +52,24 @@ def kept(unet: UNetModel, config: dict[str, Any], cells: int) -> float:
     hole[..., cells // 4 : cells // 2, cells // 4 : cells // 2] = 1.0
     tokens = torch.zeros(1, 77, dtype=torch.bool)
     tokens[0, 1:6] = True
-    options: dict[str, Any] = {}
+    dtype, adm = unet.dtype, config["adm_in_channels"]
+    call = UNetCall(
+        unet=unet,
+        places=unets.transformer_places(unet),
+        rows=(call_rows.PromptRows(True, PromptTokens(tokens, torch.zeros_like(tokens))),),
+        sigma=1.0,
+        x=torch.randn(1, 4, cells, cells, dtype=dtype).requires_grad_(),
+        timesteps=torch.tensor([500.0]),
+        context=torch.randn(1, 77, config["context_dim"], dtype=dtype),
+        y=None if adm is None else torch.randn(1, adm, dtype=dtype),
+        control=None,
+        options={},
+        keywords={},
+        others_write=False,
+    )
     reader = centralisation.Centralisation(hole)
-    reader.install(options, unets.transformer_places(unet), [chunks.Chunk(True, tokens)])
-    unets.use_differentiable_attention(options)
-    dtype = unet.dtype
-    x = torch.randn(1, 4, cells, cells, dtype=dtype).requires_grad_()
-    adm = config["adm_in_channels"]
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        unet(
-            x,
-            torch.tensor([500.0]),
-            torch.randn(1, 77, config["context_dim"], dtype=dtype),
-            y=None if adm is None else torch.randn(1, adm, dtype=dtype),
-            transformer_options=options,
-        )
+    with reader.edit(call), saved_tensors_hooks(count, lambda tensor: tensor):
+        unet(call.x, call.timesteps, call.context, y=call.y, transformer_options=call.options)
     return sum(found.values()) / dtype.itemsize / cells**2
 
 
@@ -98,7 +95,3 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return int(any(row["kept"] > row["limit"] for row in rows))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

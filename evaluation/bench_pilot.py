@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,22 +22,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import comfy.model_management
+import comfy.samplers
+import torch
 
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
-
-ensure_host()
-
-import comfy.model_management  # noqa: E402
-import comfy.samplers  # noqa: E402
-import torch  # noqa: E402
-
-boundary = pack_module("model_patches.pilot.semantic_boundary")
-full_size = pack_module("evaluation.full_size")
-pilot = pack_module("model_patches.pilot.sampler")
-show_table = pack_module("evaluation.tables").show_table
-transformer_places = pack_module("model_patches.core.unet_attention").transformer_places
+from ..model_patches.core.unet_attention import transformer_places
+from ..model_patches.pilot import sampler as pilot
+from ..model_patches.pilot.semantic_boundary import known_cells
+from . import full_size
+from .tables import show_table
 
 SIGMA = 10.0
 PASSES, GUIDED_STEPS = 100, 100
@@ -61,7 +53,7 @@ def gaps(run: Callable[[Callable[..., None]], None], device: torch.device) -> li
     return [later - earlier for earlier, later in pairwise(times)]
 
 
-def sample_pilot(model: Any, scene: Any, memory: str, callback: Callable[..., None] | None) -> None:
+def sample_pilot(model: Any, scene: Any, memory: pilot.Memory, callback: Callable[..., None] | None) -> None:
     """Two passes of PILOT and the guided step after them."""
     settings = pilot.PILOT(interval=1, iterations=2, memory=memory)
     scene.sample(model, pilot.pilot_sampler(settings, lambda text: None), (SIGMA, 8.0), callback=callback)
@@ -106,7 +98,7 @@ class Literal:
 
     def _attending(self, t: Any) -> Callable[..., torch.Tensor]:
         cells = [side // t.factor for side in self._hole.shape[-2:]]
-        known = boundary.known_cells(self._hole, (cells[0], cells[1])).flatten()
+        known = known_cells(self._hole, (cells[0], cells[1])).flatten()
         tokens = self._scene.sides[0][0][1]["truefill_prompt_tokens"][0].to(known.device)
 
         def attend(x: torch.Tensor, context: torch.Tensor, value: Any = None, **_: Any) -> torch.Tensor:
@@ -222,7 +214,3 @@ def main() -> None:
         rows += found
     if options.json:
         options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Cropping, stitching, masks and harmonising: what they change, how visible the seam is, and how long they take.
+"""Cropping, stitching, masks and harmonizing: what they change, how visible the seam is, and how long they take.
 
 Errors are in levels of 255, distances in pixels. The baselines are what a graph without these nodes does: a plain composite, a
 square dilation for growing (MaskEditor-style "expand"), and a crop that is always resampled. Pictures are synthetic: noise of
@@ -15,39 +15,30 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import comfy.ldm.models.autoencoder
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
-from truefill_testing.random_checkpoints import X4_VAE  # noqa: E402
-from truefill_testing.small_models import upscaler_config  # noqa: E402
-
-ensure_host()
-
-import comfy.ldm.models.autoencoder  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.supported_models  # noqa: E402
-
-colour = pack_module("imaging.colour")
-fill = pack_module("imaging.fill")
-harmonising = pack_module("imaging.harmonise")
-metrics = pack_module("evaluation.metrics")
-show_table = pack_module("evaluation.tables").show_table
-morphology = pack_module("imaging.morphology")
-poisson = pack_module("imaging.poisson")
-region = pack_module("imaging.region")
-region_plan = pack_module("imaging.region_plan")
+from ..imaging import morphology
+from ..imaging.color import match_color
+from ..imaging.fill import fill_hole
+from ..imaging.harmonize import Harmony, Mode, harmonize
+from ..imaging.poisson import poisson_blend
+from ..imaging.region import crop, stitch
+from ..imaging.region_plan import RegionSettings
+from ..model_patches.hd_painter import super_resolution
+from .full_size import X4, X4_VAE
+from .metrics import background_error, seam_visibility
+from .tables import show_table
 
 QUALITY_SIZE = 512
 
@@ -91,20 +82,20 @@ def quality() -> list[dict[str, Any]]:
     scene, hole = texture(QUALITY_SIZE, 1), blob(QUALITY_SIZE)
     content = torch.where(hole > 0, texture(QUALITY_SIZE, 2) * 0.5 + scene * 0.5, scene)
     # The wanted fill meets the scene at its edge: what is left there is the shift's doing.
-    wanted = poisson.poisson_blend(content, scene, hole)
+    wanted = poisson_blend(content, scene, hole)
     inside = (hole > 0).expand_as(scene)
     rows = []
     for shift, amount in shifts(QUALITY_SIZE).items():
         made = (wanted + amount).clamp(0.0, 1.0)
-        for mode in ("off", "colour", "poisson", "both"):
-            result = harmonising.harmonise(made, scene, hole, harmonising.Harmony(mode))
+        for mode in get_args(Mode):
+            result = harmonize(made, scene, hole, Harmony(mode))
             rows.append(
                 {
                     "shift": shift,
-                    "harmonise": mode,
-                    "seam": float(metrics.seam_visibility(result, wanted, hole)),
+                    "harmonize": mode,
+                    "seam": float(seam_visibility(result, wanted, hole)),
                     "inside_error": 255 * float((result - wanted).abs()[inside].mean()),
-                    "outside_max_error": metrics.background_error(result, scene, hole),
+                    "outside_max_error": background_error(result, scene, hole),
                 }
             )
     return rows
@@ -118,8 +109,8 @@ def identity() -> list[dict[str, Any]]:
         hole = torch.zeros(1, 600, 600)
         middle = slice(300 - side // 4, 300 + side // 4)
         hole[:, middle, middle] = 1.0
-        crops, _, place = region.crop(scene, hole, region_plan.RegionSettings(native_size=native, context_percent=50.0))
-        ours = region.stitch(place, crops)
+        crops, _, place = crop(scene, hole, RegionSettings(native_size=native, context_percent=50.0))
+        ours = stitch(place, crops)
         box = place.plan.boxes[0]
         part = scene[:, box.top : box.bottom, box.left : box.right].movedim(-1, 1)
         there = F.interpolate(part, size=(native, native), mode="bicubic", antialias=True)
@@ -172,17 +163,17 @@ def speed(sizes: list[int], batch: int, rounds: int) -> list[dict[str, Any]]:
             part.to(device) for part in (texture(size, 1, batch), texture(size, 2, batch), blob(size, batch))
         )
         image, mask = scene.movedim(1, -1).contiguous(), hole[:, 0]
-        settings = region_plan.RegionSettings(native_size=512)
-        crops, _, place = region.crop(image, mask, settings)
+        settings = RegionSettings(native_size=512)
+        crops, _, place = crop(image, mask, settings)
         work: dict[str, Callable[[], Any]] = {
             "copy": scene.clone,
             "grow 16": partial(morphology.grow, hole, 16),
             "feather 16": partial(morphology.feather, hole, 16, "outside", "smooth"),
-            "crop": partial(region.crop, image, mask, settings),
-            "stitch": partial(region.stitch, place, crops),
-            "fill blurred": partial(fill.fill_hole, scene, hole, "blurred"),
-            "colour": partial(colour.match_colour, made, scene, hole),
-            "poisson": partial(poisson.poisson_blend, made, scene, hole),
+            "crop": partial(crop, image, mask, settings),
+            "stitch": partial(stitch, place, crops),
+            "fill blurred": partial(fill_hole, scene, hole, "blurred"),
+            "color": partial(match_color, made, scene, hole),
+            "poisson": partial(poisson_blend, made, scene, hole),
         }
         rows += [
             {"size": size, "batch": batch, "operation": name, "seconds": timed(function, rounds)}
@@ -196,14 +187,14 @@ def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dic
 
     By the host's formulas; the one for decoding counts 64 pixels for each cell of a latent, of which this VAE has 16.
     """
-    upscale = pack_module("model_patches.hd_painter.super_resolution")
-    config = comfy.supported_models.SD_X4Upscaler(upscaler_config(256, 1024))
+    config = comfy.supported_models.SD_X4Upscaler(dict(X4))
     config.set_inference_dtype(torch.float16, None)
     cpu = torch.device("cpu")
     unet = comfy.model_patcher.ModelPatcher(config.get_model({}, device=torch.device("meta")), cpu, cpu)
     network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=X4_VAE, embed_dim=4)
     vae = comfy.sd.VAE(sd=network.state_dict(), dtype=torch.float16)
-    engine = upscale.X4(upscale.Diffusion(model=unet, positive=None, negative=None, vae=vae), upscale.UpscaleSampling())
+    diffusion = super_resolution.Diffusion(model=unet, positive=None, negative=None, vae=vae)
+    engine = super_resolution.X4(diffusion, super_resolution.UpscaleSampling())
     rows = []
     for side in tiles:
         sampling, decoding = engine.memory(side // engine.factor, side // engine.factor)
@@ -222,8 +213,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(machine)
-    results = {"harmonise": quality(), "identity": identity(), "grow": growth()}
-    show_table(f"Tone shifts of a fill, {QUALITY_SIZE} px (levels of 255; seam 0 can't be seen)", results["harmonise"])
+    results = {"harmonize": quality(), "identity": identity(), "grow": growth()}
+    show_table(f"Tone shifts of a fill, {QUALITY_SIZE} px (levels of 255; seam 0 can't be seen)", results["harmonize"])
     show_table("Crop and stitch without a change (levels of 255)", results["identity"])
     show_table("Growing a disc (pixels that its edge moves)", results["grow"])
     results["memory"] = upscaler_memory()
@@ -235,7 +226,3 @@ def main() -> None:
     show_table("Seconds", results["speed"])
     if options.json:
         options.json.write_text(json.dumps({"machine": machine, **results}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

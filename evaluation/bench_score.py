@@ -12,30 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import numpy as np
+import torch
 
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
-
-ensure_host()
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-accuracy = pack_module("evaluation.accuracy")
-show_table = pack_module("evaluation.tables").show_table
-metrics = pack_module("evaluation.metrics")
-rasg = pack_module("model_patches.hd_painter.rasg")
-scenes = pack_module("training.world.scenes")
-world = pack_module("training.world.attributes")
-make_triplet = pack_module("training.world.triplets").make_triplet
+from ..model_patches.hd_painter import rasg
+from ..training.world.attributes import SceneObject
+from ..training.world.scenes import render_objects
+from ..training.world.triplets import make_triplet
+from . import accuracy
+from .metrics import mean_interval, wilson_interval
+from .tables import show_table
 
 STEPS = 20
 LEVELS = (0, 5, 10, 15)
@@ -47,9 +39,9 @@ def with_the_thing(triplet: Any) -> Any:
     rows, columns = np.nonzero(triplet.hole)
     radius = 0.42 * min(np.ptp(rows), np.ptp(columns))
     place = float(columns.mean()), float(rows.mean())
-    item = world.SceneObject(triplet.shape, triplet.colour, triplet.pattern, *place, float(radius), 0.0, 0.0, 0.0)
+    item = SceneObject(triplet.shape, triplet.colour, triplet.pattern, *place, float(radius), 0.0, 0.0, 0.0)
     canvas = triplet.scene.picture.astype(np.float32)
-    scenes.render_objects(canvas, (item,))
+    render_objects(canvas, (item,))
     picture = np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
     return replace(triplet, scene=replace(triplet.scene, picture=picture))
 
@@ -82,8 +74,8 @@ def changes(models: Any, model: str, index: int) -> list[float]:
 def row(model: str, step: int, found: Sequence[float]) -> dict[str, Any]:
     """One model at one noise level."""
     higher = sum(change > 0 for change in found)
-    low, high = metrics.wilson_interval(higher, len(found))
-    mean, mean_low, mean_high = metrics.mean_interval(list(found))
+    low, high = wilson_interval(higher, len(found))
+    mean, mean_low, mean_high = mean_interval(list(found))
     return {
         "model": model,
         "step": f"{step}/{STEPS}",
@@ -110,7 +102,3 @@ def main() -> None:
     show_table(f"{platform.machine()}, torch {torch.__version__}; development split", rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -12,54 +12,63 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
+import comfy.model_management
+import torch
+import transformers
 
-from truefill_testing.host import ensure_host, pack_module  # noqa: E402
-
-ensure_host()
-
-import comfy.model_management  # noqa: E402
-import segment_anything  # noqa: E402
-import torch  # noqa: E402
-
-from truefill_testing.random_dino import random_dino  # noqa: E402
-from truefill_testing.random_segmenters import sam2_state, smooth_picture  # noqa: E402
-
-detect = pack_module("selection.detectors")
-detectors = pack_module("weights.detectors")
-grounding_dino = pack_module("weights.grounding_dino")
-PeakMemory = pack_module("evaluation.memory").PeakMemory
-segment = pack_module("selection.segmenters")
-segmenters = pack_module("weights.segmenters")
-show_table = pack_module("evaluation.tables").show_table
+from ..selection import detectors
+from ..selection.segmenters import Prompt, Segmenter
+from ..weights.grounding_dino import tokenizer
+from .memory import PeakMemory
+from .tables import show_table
 
 MIB = 2**20
-NETWORKS = ("vit_b", "vit_l", "vit_h", "sam2_tiny", "dino_swin_t")
-SAM2_TINY = ROOT / "tests" / "data" / "sam2_1_hiera_tiny.json"
+VITS = {
+    "vit_b": (768, 12, 12, [2, 5, 8, 11]),
+    "vit_l": (1024, 24, 16, [5, 11, 17, 23]),
+    "vit_h": (1280, 32, 16, [7, 15, 23, 31]),
+}
+"""Segment Anything's image encoders: width, blocks, heads, and the blocks that attend to the whole picture."""
+NETWORKS = (*VITS, "sam2_tiny", "dino_swin_t")
 
 
-def weights(network: str) -> dict[str, torch.Tensor]:
-    """A file's tensors."""
-    if network == "sam2_tiny":
-        return sam2_state(json.loads(SAM2_TINY.read_text())["shapes"])
-    return segment_anything.sam_model_registry[network]().state_dict()
+def network(name: str) -> Any:
+    """One of NETWORKS, with random weights."""
+    library: Any = transformers
+    if name == "dino_swin_t":
+        made = library.GroundingDinoForObjectDetection(library.GroundingDinoConfig())
+    elif name == "sam2_tiny":
+        made = library.Sam2Model(library.Sam2Config())
+    else:
+        width, blocks, heads, everywhere = VITS[name]
+        encoder = library.SamVisionConfig(
+            hidden_size=width,
+            num_hidden_layers=blocks,
+            num_attention_heads=heads,
+            global_attn_indexes=everywhere,
+            # The default of 1e-10 makes denormal numbers, which take long.
+            initializer_range=0.02,
+        )
+        made = library.SamModel(library.SamConfig(vision_config=encoder))
+    return made.eval().requires_grad_(False)
+
+
+def picture(height: int, width: int, seed: int) -> torch.Tensor:
+    """Random pixels, [H, W, 3] in [0, 1]."""
+    return torch.rand(height, width, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def detector_row(height: int, width: int) -> dict[str, Any]:
     """The detector's figures: it looks at a picture anew for every text."""
-    detector = detect.Detector.of(
-        detectors.detector_from_state(random_dino(), "dino_swin_t"), grounding_dino.tokenizer()
-    )
-    detector.detect(smooth_picture(height, width, seed=1), ["cup"])
+    detector = detectors.Detector.of(network("dino_swin_t"), tokenizer())
+    detector.detect(picture(height, width, seed=1), ["cup"])
     with PeakMemory(comfy.model_management.get_torch_device()) as memory:
         started = time.perf_counter()
-        detector.detect(smooth_picture(height, width, seed=2), ["red cup", "spoon"])
+        detector.detect(picture(height, width, seed=2), ["red cup", "spoon"])
         seconds = time.perf_counter() - started
     return {
         "network": "dino_swin_t",
@@ -67,29 +76,29 @@ def detector_row(height: int, width: int) -> dict[str, Any]:
         "first, s": seconds,
         "next, s": seconds,
         "memory, MiB": memory.bytes / MIB,
-        "asked for, MiB": detect.memory(*detect.scaled_size(height, width)) / MIB,
+        "asked for, MiB": detectors.memory(*detectors.scaled_size(height, width)) / MIB,
     }
 
 
-def row(network: str, height: int, width: int, clicks: int) -> dict[str, Any]:
+def row(name: str, height: int, width: int, clicks: int) -> dict[str, Any]:
     """A segmenter's figures."""
-    segmenter = segment.Segmenter.of(segmenters.segmenter_from_state(weights(network), network))
+    segmenter = Segmenter.of(network(name))
     device = comfy.model_management.get_torch_device()
-    prompts = [segment.Prompt([(width * (1.0 + click) / (1.0 + clicks), height / 2.0)]) for click in range(clicks)]
+    prompts = [Prompt([(width * (1.0 + click) / (1.0 + clicks), height / 2.0)]) for click in range(clicks)]
     # The first call also places the network.
-    segmenter.segment(smooth_picture(height, width, seed=1), prompts[:1])
-    picture = smooth_picture(height, width, seed=2)
+    segmenter.segment(picture(height, width, seed=1), prompts[:1])
+    looked_at = picture(height, width, seed=2)
     with PeakMemory(device) as memory:
         started = time.perf_counter()
-        segmenter.segment(picture, prompts[:1])
+        segmenter.segment(looked_at, prompts[:1])
         first = time.perf_counter() - started
     seconds = []
     for prompt in prompts:
         started = time.perf_counter()
-        segmenter.segment(picture, [prompt])
+        segmenter.segment(looked_at, [prompt])
         seconds.append(time.perf_counter() - started)
     return {
-        "network": network,
+        "network": name,
         "picture": f"{width}x{height}",
         "first, s": first,
         "next, s": statistics.median(seconds),
@@ -110,13 +119,9 @@ def main() -> None:
     machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     height, width = options.size
     rows = [
-        detector_row(height, width) if network == "dino_swin_t" else row(network, height, width, options.clicks)
-        for network in options.networks
+        detector_row(height, width) if name == "dino_swin_t" else row(name, height, width, options.clicks)
+        for name in options.networks
     ]
     show_table(machine, rows)
     if options.json:
         options.json.write_text(json.dumps([{"machine": machine, **found} for found in rows], indent=1))
-
-
-if __name__ == "__main__":
-    main()

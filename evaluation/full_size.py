@@ -1,4 +1,4 @@
-"""A full-depth Stable Diffusion UNet with random weights, and a picture for it: for benchmarks of time and memory."""
+"""Full-depth Stable Diffusion UNets with random weights, and a picture for them: for benchmarks of time and memory."""
 
 from __future__ import annotations
 
@@ -49,6 +49,37 @@ SDXL = {
     "adm_in_channels": 2816,
     "num_classes": "sequential",
 }
+X4 = {
+    "image_size": 32,
+    "in_channels": 7,
+    "out_channels": 4,
+    "model_channels": 256,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "context_dim": 1024,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": (1, 2, 2, 4),
+    "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": True,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+}
+"""What the host's loader finds in x4-upscaler-ema.safetensors."""
+X4_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+"""The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels."""
 
 
 def full_size_model(device: torch.device, dtype: torch.dtype, inpainting: bool) -> comfy.model_patcher.ModelPatcher:

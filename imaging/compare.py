@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from .masks import resize_mask
+from .masks import noise_notes, resize_mask
+from .pictures import common_count
 
 LEVELS = 255
 RAMP = ((88, 36, 152), (172, 44, 148), (232, 76, 92), (252, 160, 60), (252, 255, 164))
-"""The colours of a difference, from the smallest to the largest, each lighter than the one before. Black is no difference."""
+"""The colors of a difference, from the smallest to the largest, each lighter than the one before. Black is no difference."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,19 @@ class Extent:
 
 @dataclass(frozen=True)
 class Figures:
-    """How much one picture differs from another: where the mask is 0 and where it is not; without a mask, everywhere."""
+    """How much one picture differs from another: outside and inside the hole of the mask; without a mask, everywhere.
+
+    note: what was done about the mask's noise, a sentence or "".
+    """
 
     outside: Extent
     inside: Extent | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         if self.inside is None:
             return f"Whole picture: {self.outside}."
-        return f"Outside the mask: {self.outside}.\nInside the mask: {self.inside}."
+        return f"Outside the mask: {self.outside}.\nInside the mask: {self.inside}." + (self.note and f"\n{self.note}")
 
 
 def compare(
@@ -63,35 +68,45 @@ def compare(
     """Compares pictures [B, H, W, 3 or 4], as they are seen: values outside of [0, 1] count as 0 or 1, NaN as 0.
 
     A pixel's difference is that of its channel that differs most, alpha included; a picture without alpha is opaque. The mask
-    is [H, W] or [B, H, W] of any size, resized to the pictures; all of it above 0 is inside. A batch of 1 goes with every
-    picture of a longer one.
+    is as for `resize_mask`, of any size; all of its hole is inside, however grey. A batch of 1 goes with every picture of a
+    longer one.
 
     Returns the heat map [B, H, W, 3] in [0, 1] (`heat_map`) and each picture's figures. Raises ValueError for pictures of
     different sizes, for numbers of pictures or masks that do not go together, for other numbers of channels, and for none.
     """
     _check(before, after)
-    hole = None if mask is None else resize_mask(mask, before.shape[1:3])[:, 0].to(before.device) > 0
-    count = _common_count({"before": before, "after": after} | ({} if hole is None else {"mask": hole}))
+    counts = {"before": len(before), "after": len(after)}
+    hole, notes = None, []
+    if mask is not None:
+        hole = resize_mask(mask, before.shape[1:3])[:, 0].to(before.device) > 0
+        notes = noise_notes(mask, "The mask")
+        counts["mask"] = len(hole)
     maps, figures = [], []
-    for index in range(count):
+    for index in range(common_count(**counts)):
         levels = _difference(_at(before, index), _at(after, index).to(before.device))
         maps.append(heat_map(levels))
-        figures.append(_figures(levels, None if hole is None else _at(hole, index)))
+        if hole is None:
+            figures.append(Figures(Extent.of(levels)))
+        else:
+            inside = _at(hole, index)
+            figures.append(
+                Figures(Extent.of(levels[~inside]), Extent.of(levels[inside]), notes[min(index, len(notes) - 1)])
+            )
     return torch.stack(maps), figures
 
 
 def heat_map(levels: torch.Tensor) -> torch.Tensor:
-    """The colours of differences [...] in levels: float32 [..., 3] in [0, 1].
+    """The colors of differences [...] in levels: float32 [..., 3] in [0, 1].
 
     No difference is black. The smallest is a clear violet, and it gets lighter through red and orange to a pale yellow, on a
-    logarithmic scale: the five colours of `RAMP` stand for 0, 3, 15, 63 and 255 levels.
+    logarithmic scale: the five colors of `RAMP` stand for 0, 3, 15, 63 and 255 levels.
     """
     ramp = torch.tensor(RAMP, dtype=torch.float32, device=levels.device) / LEVELS
     place = torch.log2(1 + levels.float().clamp(0, LEVELS)) / 8 * (len(RAMP) - 1)
     below = place.floor().clamp(max=len(RAMP) - 2)
     lower = below.long()
-    colours = torch.lerp(ramp[lower], ramp[lower + 1], (place - below)[..., None])
-    return torch.where(levels[..., None] > 0, colours, 0.0)
+    colors = torch.lerp(ramp[lower], ramp[lower + 1], (place - below)[..., None])
+    return torch.where(levels[..., None] > 0, colors, 0.0)
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -104,12 +119,6 @@ def _seen(picture: torch.Tensor, channels: int) -> torch.Tensor:
     """A picture in float32, [0, 1], with so many channels."""
     picture = picture.float().nan_to_num(nan=0.0).clamp(0.0, 1.0)
     return torch.nn.functional.pad(picture, (0, channels - picture.shape[-1]), value=1.0)
-
-
-def _figures(levels: torch.Tensor, hole: torch.Tensor | None) -> Figures:
-    if hole is None:
-        return Figures(Extent.of(levels))
-    return Figures(Extent.of(levels[~hole]), Extent.of(levels[hole]))
 
 
 def _at(batch: torch.Tensor, index: int) -> torch.Tensor:
@@ -128,15 +137,6 @@ def _check(before: torch.Tensor, after: torch.Tensor) -> None:
             f"'before' is {before.shape[2]}x{before.shape[1]} pixels and 'after' {after.shape[2]}x{after.shape[1]}: they have "
             "to be of one size, so scale or crop one of them first."
         )
-
-
-def _common_count(batches: dict[str, torch.Tensor]) -> int:
-    counts = {name: len(batch) for name, batch in batches.items()}
-    most = max(counts.values())
-    if set(counts.values()) - {1, most}:
-        found = ", ".join(f"{count} in '{name}'" for name, count in counts.items())
-        raise ValueError(f"These batches don't go together: {found}; each has to have 1 or {most}.")
-    return most
 
 
 def _number(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What to put into a hole before sampling begins: colours from around it, noise, or grey."""
+"""What to put into a hole before sampling begins: colors from around it, noise, or gray."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch.nn.functional as F
 from scipy import ndimage
 
 from .masks import as_mask_batch, resize_mask
+from .pictures import check_pictures, common_count
 
-Fill = Literal["blurred", "edge", "mean", "noise", "grey"]
-GREY = 0.5
+Fill = Literal["blurred", "edge", "mean", "noise", "gray"]
+GRAY = 0.5
 
 
 def fill_hole(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurred", seed: int = 0) -> torch.Tensor:
     """Pictures [B, C, H, W] in [0, 1] with something else in their holes.
 
-    `mask` is [H, W], [B, H, W] or [B, 1, H, W], of the pictures' size; a batch of 1 goes with every picture. Grey values mix
-    both. Where the mask is 0 the picture stays as it is, bit for bit. Pixels under a mask above 0 count as unknown.
+    `mask` is as for `as_mask_batch`, of the pictures' size; a batch of 1 goes with every picture. Gray values mix both.
+    Where there is no hole the picture stays as it is, bit for bit. Pixels of the hole, however gray, count as unknown.
 
     method: "blurred" interpolates smoothly from all around the hole (push-pull pyramid: Gortler et al., "The Lumigraph",
         section 4.3). "edge" repeats the nearest known pixel. "mean" is the mean of all known pixels. "noise" is normally
-        distributed with the mean and deviation of the known pixels, from `seed`. "grey" is 0.5, which inpainting models see
+        distributed with the mean and deviation of the known pixels, from `seed`. "gray" is 0.5, which inpainting models see
         as their hole.
 
-    A picture without a known pixel becomes grey (noise around grey for "noise"). The input is not changed. Raises ValueError
+    A picture without a known pixel becomes gray (noise around gray for "noise"). The input is not changed. Raises ValueError
     for an unknown method and for sizes that do not fit together.
     """
     if method not in get_args(Fill):
@@ -39,15 +40,11 @@ def fill_hole(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurre
             f"The mask is {mask.shape[-1]}x{mask.shape[-2]} pixels, the picture {pictures.shape[-1]}x{pictures.shape[-2]}: "
             "bring the mask to the picture's size."
         )
-    count = max(len(pictures), len(mask))
-    if not {len(pictures), len(mask)} <= {1, count}:
-        raise ValueError(
-            f"{len(mask)} masks do not fit {len(pictures)} pictures: give one mask, or one for each picture."
-        )
+    count = common_count(image=len(pictures), mask=len(mask))
     pictures, mask = pictures.expand(count, -1, -1, -1), mask.expand(count, -1, -1, -1)
     known = (mask == 0).to(pictures)
-    if method == "grey":
-        made = torch.full_like(pictures, GREY)
+    if method == "gray":
+        made = torch.full_like(pictures, GRAY)
     elif method == "blurred":
         made = _push_pull(pictures, known)
     elif method == "edge":
@@ -63,25 +60,26 @@ def fill_hole(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurre
 
 
 def fill_pictures(pictures: torch.Tensor, mask: torch.Tensor, method: Fill = "blurred", seed: int = 0) -> torch.Tensor:
-    """`fill_hole` for pictures as the host has them, [B, H, W, C]; a mask of another size is resized."""
+    """`fill_hole` for pictures as the host has them, [B, H, W, 3 or 4]; a mask of another size is resized."""
+    check_pictures(pictures, "'image'")
     filled = fill_hole(pictures.movedim(-1, 1), resize_mask(mask, pictures.shape[1:3]), method, seed)
     return filled.movedim(1, -1).contiguous()
 
 
 def _statistics(pictures: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the known pixels, [B, C, 1, 1]; grey and a quarter where there are none."""
+    """Mean and deviation of the known pixels, [B, C, 1, 1]; gray and a quarter where there are none."""
     count = known.sum(dim=(2, 3), keepdim=True)
     there = count > 0
     count = count.clamp(min=1.0)
     mean = (pictures * known).sum(dim=(2, 3), keepdim=True) / count
     deviation = (((pictures - mean) * known).square().sum(dim=(2, 3), keepdim=True) / count).sqrt()
-    return torch.where(there, mean, GREY), torch.where(there, deviation, 0.25)
+    return torch.where(there, mean, GRAY), torch.where(there, deviation, 0.25)
 
 
 def _nearest(picture: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """A picture [C, H, W] in which every pixel is the nearest of those in `known`, bool [H, W]."""
     if not bool(known.any()):
-        return torch.full_like(picture, GREY)
+        return torch.full_like(picture, GRAY)
     indices = ndimage.distance_transform_edt(~known.cpu().numpy(), return_distances=False, return_indices=True)
     rows, columns = torch.from_numpy(np.asarray(indices)).long().to(picture.device)
     return picture[:, rows, columns]
@@ -89,15 +87,15 @@ def _nearest(picture: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 
 def _push_pull(pictures: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Unknown pixels from ever coarser means of the known ones."""
-    colours, weight = [pictures * known], [known]
-    while max(colours[-1].shape[-2:]) > 1:
+    colors, weight = [pictures * known], [known]
+    while max(colors[-1].shape[-2:]) > 1:
         # A cell that knows of anything counts as known: only its sum tells how much of it is.
         total = F.avg_pool2d(weight[-1], 2, ceil_mode=True, count_include_pad=False)
-        colours.append(F.avg_pool2d(colours[-1], 2, ceil_mode=True, count_include_pad=False) / total.clamp(min=1e-6))
+        colors.append(F.avg_pool2d(colors[-1], 2, ceil_mode=True, count_include_pad=False) / total.clamp(min=1e-6))
         weight.append((total > 0).to(total))
-        colours[-1] = colours[-1] * weight[-1]
-    made = torch.where(weight[-1] > 0, colours[-1], GREY)
-    for colour, there in zip(colours[-2::-1], weight[-2::-1], strict=True):
-        coarse = F.interpolate(made, size=colour.shape[-2:], mode="bilinear", align_corners=False)
-        made = torch.where(there > 0, colour, coarse)
+        colors[-1] = colors[-1] * weight[-1]
+    made = torch.where(weight[-1] > 0, colors[-1], GRAY)
+    for color, there in zip(colors[-2::-1], weight[-2::-1], strict=True):
+        coarse = F.interpolate(made, size=color.shape[-2:], mode="bilinear", align_corners=False)
+        made = torch.where(there > 0, color, coarse)
     return made

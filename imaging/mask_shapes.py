@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from .masks import as_mask_batch
-from .morphology import box, convex_hull, grow
+from .masks import hole_of
+from .morphology import bounding_boxes, convex_hull, grow
 
 Shape = Literal["painternet", "box", "irregular", "convex hull", "scribble", "as it is"]
 
@@ -30,12 +30,12 @@ SCRIBBLE_WIDTH = (0.12, 0.25)
 
 
 def mask_shape(mask: torch.Tensor, shape: Shape, seed: int = 0, growth: float = 0.25, strokes: int = 4) -> torch.Tensor:
-    """Makes masks of another shape from masks [H, W], [B, H, W] or [B, C, H, W]; everything above 0 is hole.
+    """Makes masks of another shape from masks as for `as_mask_batch`; all above their noise is hole.
 
     shape: "box": the object's box, each side moved out by a random part of up to `growth` of the box's own side. "irregular":
         grown, then up to `strokes` times painted over with lines, circles and squares that start in it (algorithm 1).
         "convex hull". "scribble": one quick stroke to and fro over the object, which need not cover it. "painternet": for
-        each picture one of box, irregular and as it is, at 25, 50 and 25 %. "as it is": 1 where the mask is above 0.
+        each picture one of box, irregular and as it is, at 25, 50 and 25 %. "as it is": 1 where there is hole.
 
     A picture depends on `seed` and its place in the batch alone; one without a hole stays empty. Returns float32 [B, 1, H, W]
     of 0 and 1. Raises ValueError for an unknown shape, and for a negative growth or number of strokes.
@@ -44,7 +44,7 @@ def mask_shape(mask: torch.Tensor, shape: Shape, seed: int = 0, growth: float = 
         raise ValueError(f"There is no mask shape '{shape}'; choose one of {', '.join(get_args(Shape))}.")
     if not (growth >= 0 and strokes >= 0):
         raise ValueError(f"growth is {growth} and strokes {strokes}, but neither may be negative.")
-    holes = (as_mask_batch(mask) > 0).float()
+    holes = hole_of(mask).float()
     made = []
     for index, hole in enumerate(holes.split(1)):
         rng = np.random.default_rng((seed, index))
@@ -72,13 +72,12 @@ def _shaped(hole: torch.Tensor, shape: Shape, rng: np.random.Generator, growth: 
 
 
 def _grown_box(hole: torch.Tensor, rng: np.random.Generator, growth: float) -> torch.Tensor:
-    inside = box(hole)[0, 0].nonzero()
-    (top, left), (bottom, right) = inside.amin(0).tolist(), inside.amax(0).tolist()
-    height, width = bottom + 1 - top, right + 1 - left
+    left, top, right, bottom = bounding_boxes(hole)[0].tolist()
+    height, width = bottom - top, right - left
     above, below, before, after = rng.uniform(0.0, growth, 4) * (height, height, width, width)
     made = torch.zeros_like(hole)
-    rows = slice(max(0, round(top - above)), round(bottom + 1 + below))
-    columns = slice(max(0, round(left - before)), round(right + 1 + after))
+    rows = slice(max(0, round(top - above)), round(bottom + below))
+    columns = slice(max(0, round(left - before)), round(right + after))
     made[..., rows, columns] = 1.0
     return made
 

@@ -1,10 +1,10 @@
 """Growing, shrinking, feathering and tidying of hole masks, in which a pixel is a pixel.
 
-Every function takes a mask as [H, W], [B, H, W] or [B, C, H, W] (first channel counts), as `as_mask_batch` does: NaN counts
-as known, values are cut to [0, 1]. A mask that comes back is a new float32 tensor [B, 1, H, W] in [0, 1] on the device of
-the given one; each picture of a batch is for itself. Distances are Euclidean, in pixels, between pixel centres. Where a
-function needs to know whether a grey pixel is hole, it is if its value is above 0.5. What lies outside of the picture is
-unknown: it is neither hole nor known, so nothing grows in from the border and nothing is eroded there.
+Every function takes a mask as [H, W], [B, H, W] or [B, C, H, W] (first channel counts) through `as_mask_batch`, which takes
+the noise out of it. A mask that comes back is a new float32 tensor [B, 1, H, W] in [0, 1] on the device of the given one; each
+picture of a batch is for itself. Distances are Euclidean, in pixels, between pixel centres. Every grey pixel is hole: an
+antialiased edge lies where its outermost grey does. What lies outside of the picture is unknown: it is neither hole nor
+known, so nothing grows in from the border and nothing is eroded there.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from .masks import as_mask_batch
+from .masks import as_mask_batch, hole_of
 
 Where = Literal["inside", "outside", "centered"]
 Curve = Literal["linear", "smooth"]
@@ -31,8 +31,7 @@ def distance_to_hole(mask: torch.Tensor, limit: float = math.inf) -> torch.Tenso
     area of the box around the hole. Raises ValueError for a limit that is negative or NaN.
     """
     _require_not_negative("limit", limit)
-    hole = as_mask_batch(mask) > 0.5
-    return _distance(hole, limit)
+    return _distance(hole_of(mask), limit)
 
 
 def distance_to_known(mask: torch.Tensor, limit: float = math.inf) -> torch.Tensor:
@@ -42,7 +41,7 @@ def distance_to_known(mask: torch.Tensor, limit: float = math.inf) -> torch.Tens
     `distance_to_hole`.
     """
     _require_not_negative("limit", limit)
-    hole = as_mask_batch(mask) > 0.5
+    hole = hole_of(mask)
     distance = torch.zeros(hole.shape, device=hole.device)
     # One pixel around the hole is enough: each known pixel farther away has one on that rim that is nearer.
     window = _window(hole, 1)
@@ -88,7 +87,7 @@ def feather(mask: torch.Tensor, pixels: float, where: Where = "centered", curve:
 
     The edge lies half a pixel from the centres of the pixels on both sides of it, so that a ramp n pixels wide along
     a straight edge has n pixels between 0 and 1 if it lies on one side of the edge. Beyond the ramp, values are exactly
-    0 or 1. A grey mask has its edge at 0.5; its own grey is replaced by the ramp.
+    0 or 1. All of a grey mask is hole, and its own grey is replaced by the ramp.
 
     where: "outside" is 1 in the whole hole and falls to 0 over `pixels` outside of it. "inside" is 0 outside of the hole
         and rises to 1 over `pixels` inside of it: nothing known is touched, but a hole up to twice as wide as the ramp
@@ -109,7 +108,7 @@ def feather(mask: torch.Tensor, pixels: float, where: Where = "centered", curve:
     at_edge = {"inside": 0.0, "centered": 0.5, "outside": 1.0}[where]
     outwards = distance_to_hole(mask, pixels * at_edge + 0.5) - 0.5
     inwards = distance_to_known(mask, pixels * (1.0 - at_edge) + 0.5) - 0.5
-    ramp = torch.where(mask > 0.5, at_edge + inwards / pixels, at_edge - outwards / pixels).clamp(0.0, 1.0)
+    ramp = torch.where(mask > 0, at_edge + inwards / pixels, at_edge - outwards / pixels).clamp(0.0, 1.0)
     return ramp * ramp * (3.0 - 2.0 * ramp) if curve == "smooth" else ramp
 
 
@@ -144,8 +143,8 @@ def fill_holes(mask: torch.Tensor, largest_area: float | None = None) -> torch.T
     """Known islands inside the hole become hole: those of up to `largest_area` pixels, or all of them for None.
 
     An island is a part of the known pixels, connected along their sides (4 neighbours), that does not touch the border of
-    the picture. In a grey mask the rim one pixel wide of a filled island becomes 1 with it unless it also borders on
-    something that stays known; all other grey stays.
+    the picture. In a grey mask the rim one pixel wide of a filled island, its antialiased edge, becomes 1 with it unless it
+    also borders on something that stays known; all other grey stays.
 
     Returns float32 [B, 1, H, W]. Raises ValueError for an area that is negative or NaN.
     """
@@ -154,7 +153,7 @@ def fill_holes(mask: torch.Tensor, largest_area: float | None = None) -> torch.T
     mask = as_mask_batch(mask)
     pictures = mask.squeeze(1).cpu().numpy()
     for picture in pictures:
-        known = picture <= 0.5
+        known = picture == 0
         labels, areas = _parts(known, ndimage.generate_binary_structure(2, 1))
         is_island = areas <= largest
         for border in (labels[0], labels[-1], labels[:, 0], labels[:, -1]):
@@ -167,8 +166,8 @@ def fill_holes(mask: torch.Tensor, largest_area: float | None = None) -> torch.T
 def remove_specks(mask: torch.Tensor, smallest_area: float) -> torch.Tensor:
     """Connected parts of the hole with fewer than `smallest_area` pixels vanish.
 
-    Pixels of a part are connected along sides and corners (8 neighbours). In a grey mask the rim one pixel wide of
-    a vanished part becomes 0 with it unless it also borders on a part that stays; all other grey stays.
+    Pixels of a part are connected along sides and corners (8 neighbours); a grey pixel is one like every other. What stays
+    keeps its grey.
 
     Returns float32 [B, 1, H, W]. Raises ValueError for an area that is negative or NaN.
     """
@@ -176,27 +175,26 @@ def remove_specks(mask: torch.Tensor, smallest_area: float) -> torch.Tensor:
     mask = as_mask_batch(mask)
     pictures = mask.squeeze(1).cpu().numpy()
     for picture in pictures:
-        hole = picture > 0.5
-        labels, areas = _parts(hole, ndimage.generate_binary_structure(2, 2))
+        labels, areas = _parts(picture > 0, ndimage.generate_binary_structure(2, 2))
         is_speck = areas < smallest_area
         is_speck[0] = False
-        picture[_with_rim(is_speck[labels], hole)] = 0.0
+        picture[is_speck[labels]] = 0.0
     return torch.from_numpy(pictures)[:, None].to(mask.device)
 
 
 def bounding_boxes(mask: torch.Tensor) -> torch.Tensor:
-    """The box around every pixel above 0 of each picture: int64 [B, 4] of left, top, right, bottom.
+    """The box around the hole of each picture: int64 [B, 4] of left, top, right, bottom.
 
     Right and bottom are exclusive. An empty picture has the box 0, 0, 0, 0.
     """
-    hole = as_mask_batch(mask)[:, 0] > 0
+    hole = hole_of(mask)[:, 0]
     left, right = _first_and_end(hole.any(dim=1))
     top, bottom = _first_and_end(hole.any(dim=2))
     return torch.stack((left, top, right, bottom), dim=1)
 
 
 def box(mask: torch.Tensor, padding: float = 0) -> torch.Tensor:
-    """The filled box around every pixel above 0, wider by `padding` pixels on each side and cut at the border.
+    """The filled box around the hole, wider by `padding` pixels on each side and cut at the border.
 
     An empty picture stays empty. Returns float32 [B, 1, H, W] of 0 and 1. Raises ValueError for a padding that is
     negative or not finite.
@@ -213,13 +211,13 @@ def box(mask: torch.Tensor, padding: float = 0) -> torch.Tensor:
 
 
 def convex_hull(mask: torch.Tensor) -> torch.Tensor:
-    """The filled convex hull of every pixel above 0: all pixels whose centres lie in the hull of the centres of those.
+    """The filled convex hull of the hole: all pixels whose centres lie in the hull of the centres of its pixels.
 
-    The edge of the hull counts, in exact integers, so that each pixel above 0 is in it, the hull of one pixel is that
+    The edge of the hull counts, in exact integers, so that each pixel of the hole is in it, the hull of one pixel is that
     pixel, and the hull of a hull is the same. Two single pixels far apart are joined only by the pixels whose centres lie
     on the line between them. Returns float32 [B, 1, H, W] of 0 and 1.
     """
-    hole = as_mask_batch(mask)[:, 0] > 0
+    hole = hole_of(mask)[:, 0]
     first, end = _first_and_end(hole)
     left = torch.ones_like(first)
     right = torch.zeros_like(first)
@@ -243,8 +241,11 @@ def clean(
 
     In this order: parts of the hole of fewer than `specks` pixels vanish, known islands of up to `islands` pixels become
     hole, the outline is opened and closed by `smooth` pixels, and the hole turns into its `shape`. 0 skips a step. Raises
-    ValueError for numbers below 0 and for another shape.
+    ValueError, in the words of the node, for numbers below 0 or not finite, and for another shape.
     """
+    for name, number in (("remove_specks", specks), ("fill_islands", islands), ("smooth", smooth)):
+        _require_finite(name, number)
+        _require_not_negative(name, number)
     _require_one_of("shape", shape, get_args(Shape))
     cleaned = remove_specks(mask, specks)
     if islands:

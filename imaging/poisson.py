@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .masks import as_mask_batch
+from .masks import hole_of
+from .morphology import bounding_boxes
+from .pictures import common_count
 
 MAX_STEPS = 100
 """Steps of the solver before it gives up. The default tolerance took at most 9 in trials of up to 2048 x 2048 pixels."""
@@ -39,8 +41,8 @@ def poisson_blend(
 ) -> torch.Tensor:
     """Blends `source` into the hole of `destination` so that no seam is left.
 
-    `source` and `destination` are [B, C, H, W] in [0, 1], `mask` is [H, W], [B, H, W] or [B, 1, H, W]; a batch of 1 goes
-    with every picture. The hole is where the mask is above 0.5.
+    `source` and `destination` are [B, C, H, W] in [0, 1], `mask` is as for `as_mask_batch`; a batch of 1 goes
+    with every picture. The hole is all of the mask above its noise (`hole_of`), however grey.
 
     Outside of the hole the result equals `destination` bit for bit. Inside, it has the source's gradients; with `mixed`,
     for each pair of neighbours and each channel the stronger of both pictures' gradients (equation 13). The source's
@@ -85,12 +87,12 @@ def poisson_blend(
 def matching_batches(
     source: torch.Tensor, destination: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns source and destination as [B, C, H, W] and the hole (mask above 0.5) as bool [B, 1, H, W], on one device.
+    """Returns source and destination as [B, C, H, W] and the mask's hole as bool [B, 1, H, W], on one device.
 
     A batch of 1 is repeated (as a view); the device is the destination's. Raises ValueError where the pictures are not
     4-dimensional and floating point, or where sizes, channels or batches do not fit together.
     """
-    hole = as_mask_batch(mask).to(destination.device) > 0.5
+    hole = hole_of(mask).to(destination.device)
     for name, picture in (("source", source), ("destination", destination)):
         if picture.ndim != 4 or 0 in picture.shape or not picture.is_floating_point():
             raise ValueError(
@@ -101,13 +103,7 @@ def matching_batches(
             f"Source [C, H, W] = {list(source.shape[1:])}, destination {list(destination.shape[1:])} and mask "
             f"[H, W] = {list(hole.shape[2:])} differ; resize them to one size."
         )
-    counts = {len(source), len(destination), len(hole)} - {1}
-    if len(counts) > 1:
-        raise ValueError(
-            f"The batches differ: {len(source)} sources, {len(destination)} destinations and {len(hole)} masks; "
-            "each must be 1 or the same number."
-        )
-    batch = counts.pop() if counts else 1
+    batch = common_count(source=len(source), destination=len(destination), mask=len(hole))
     source = source.to(destination.device)
     return (
         source.expand(batch, -1, -1, -1),
@@ -118,9 +114,8 @@ def matching_batches(
 
 def _surroundings(inside: torch.Tensor) -> tuple[slice, slice]:
     """The rows and columns of the hole's bounding box, one pixel wider where the picture goes on."""
-    rows, columns = inside.any(dim=1).nonzero(), inside.any(dim=0).nonzero()
-    rows, columns = (slice(max(int(at[0]) - 1, 0), int(at[-1]) + 2) for at in (rows, columns))
-    return rows, columns
+    left, top, right, bottom = bounding_boxes(inside)[0].tolist()
+    return slice(max(top - 1, 0), bottom + 1), slice(max(left - 1, 0), right + 1)
 
 
 def _correction(
@@ -277,8 +272,8 @@ def _solve(levels: list[_Level], right_side: torch.Tensor, tolerance: float) -> 
         solution.addcmul_(direction, length)
         residual.addcmul_(image, length, value=-1)
     raise RuntimeError(
-        f"Poisson blending stopped after {MAX_STEPS} steps with an estimated error of {estimate:.2g}, above the "
-        f"tolerance of {tolerance:.2g}; give a larger tolerance, and pixels in [0, 1]."
+        f"Poisson blending stopped after {MAX_STEPS} steps with an estimated error of {estimate:.2g}, above {tolerance:.2g}: are "
+        "there pixels far outside of 0 to 1 in the pictures?"
     )
 
 

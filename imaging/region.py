@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from .harmonise import ONLY_BLEND, Harmony, harmonise_pictures
-from .masks import resize_mask
+from .harmonize import ONLY_BLEND, Harmony, harmonize_pictures
+from .masks import as_mask_batch, hole_of, resize_mask
+from .morphology import bounding_boxes
 from .morphology import feather as feather_mask
+from .pictures import check_pictures, common_count
 from .region_plan import Box, Plan, RegionSettings, plan
 
 
@@ -18,7 +21,7 @@ class Region:
     """What `stitch` needs: the originals and where the crops came from.
 
     picture: [P, H, W, C], the very tensor that was cropped; never written to.
-    mask: [Q, H, W] float32 in [0, 1], at the size of the picture.
+    mask: [Q, H, W] float32 in [0, 1], at the size of the picture: the weight of the new, 0 or above the noise.
     plan: one box for each of the B crops. P and Q are B or 1.
     """
 
@@ -36,34 +39,32 @@ def crop(
 ) -> tuple[torch.Tensor, torch.Tensor, Region]:
     """Cuts the regions around the holes out of pictures, at the size `settings` asks for.
 
-    `pictures` are [P, H, W, C] in [0, 1], C = 3 or 4; `mask` is [Q, h, w], every value above 0 belongs to the hole;
-    `context_mask` [K, h, w] marks what the region must hold besides the hole. Each count is 1 or the batch's length B.
-    A mask of another size is stretched to the picture's (bilinear, anti-aliased, so that no hole is lost). Where the mask
-    of a picture is empty, its context mask alone places the region, and without that it is at the centre. `feather` gives
-    the hole a soft edge of so many pixels of the picture, outside of it, which `stitch` blends by; the crop's mask is then
-    1 in all of it, so that what is blended is new throughout.
+    `pictures` are [P, H, W, C] in [0, 1], C = 3 or 4; `mask` and `context_mask`, which marks what the region must hold besides
+    the hole, are as for `resize_mask`, of any size, Q and K of them. Each count is 1 or the batch's length B. Where a picture has
+    no hole, its context mask alone places the region, and without that it is at the centre. `feather` gives the hole a soft
+    edge of so many pixels of the picture, outside of it, which `stitch` blends by; the crop's mask is then 1 in all of it, so
+    that what is blended is new throughout. Without a feather, grey stays the weight that `stitch` blends by.
 
     Returns the crops [B, height, width, C], their masks [B, height, width], both in [0, 1], and what `stitch` needs. Beyond
     the picture a crop and its mask are mirrored (edge pixel not repeated): a hole at the border goes on, so that nothing
     of what is to be replaced shows up there. Where the picture is too small to be mirrored so far, its edge is repeated.
 
-    Raises ValueError for wrong shapes or counts, a picture that isn't floating point, and values that aren't finite.
+    Raises ValueError, in the words of the node, for wrong shapes or counts, a picture that isn't floating point, values that
+    aren't finite, and a feather below 0.
     """
-    check_pictures(pictures, "The picture")
+    check_pictures(pictures, "'image'")
+    if not 0 <= feather < math.inf:
+        raise ValueError(f"feather is {feather}, but must be 0 or more, and finite.")
     height, width = pictures.shape[1:3]
-    hole = _full_size_mask(mask, "The mask", pictures)
+    hole = _full_size_mask(mask, "'mask'", pictures)
     if feather:
-        hole = feather_mask(hole, feather, "outside", "smooth")[:, 0]
-    context = hole if context_mask is None else _full_size_mask(context_mask, "The context mask", pictures)
-    count = max(len(pictures), len(hole), len(context))
-    if {len(pictures), len(hole), len(context)} - {1, count}:
-        raise ValueError(
-            f"{len(pictures)} pictures, {len(hole)} masks and {len(context)} context masks don't go together: "
-            "each count must be 1 or the largest of them."
-        )
-
-    occupied = (hole > 0) | (context > 0)
-    found = _bounding_boxes(occupied)
+        # Through the door once more: the faint end of a wide edge is no hole.
+        hole = as_mask_batch(feather_mask(hole, feather, "outside", "smooth"))[:, 0]
+    context = None if context_mask is None else _full_size_mask(context_mask, "'context_mask'", pictures)
+    counts = {"image": len(pictures), "mask": len(hole)} | ({} if context is None else {"context_mask": len(context)})
+    count = common_count(**counts)
+    occupied = hole > 0 if context is None else (hole > 0) | (context > 0)
+    found = [Box(*sides) if sides[2] else None for sides in bounding_boxes(occupied).tolist()]
     chosen = plan(found * (count // len(found)), (height, width), settings)
     crops, crop_masks = [], []
     for index, box in enumerate(chosen.boxes):
@@ -77,7 +78,7 @@ def crop(
     return torch.stack(crops), (made > 0).to(made) if feather else made, Region(pictures, hole, chosen)
 
 
-def place(region: Region, pictures: torch.Tensor) -> torch.Tensor:
+def place(region: Region, pictures: torch.Tensor, name: str = "The new picture") -> torch.Tensor:
     """Lays pictures made from the crops of `region` over the originals, box and all: [N, H, W, C], new memory.
 
     `pictures` are [N, h, w, 3 or 4] in [0, 1] of any size (it is resized to the region's box) on any device. N is B, the
@@ -85,14 +86,15 @@ def place(region: Region, pictures: torch.Tensor) -> torch.Tensor:
     repeats a batch. The result has the original's channels, type and device; alpha is laid over like the colours where both
     have it, else the original's stays, and an original without it gets none.
 
-    Raises ValueError for wrong shapes or counts, a picture that isn't floating point, and values that aren't finite.
+    Raises ValueError for wrong shapes or counts, a picture that isn't floating point, and values that aren't finite; its
+    sentence begins with `name`.
     """
-    check_pictures(pictures, "The new picture")
+    check_pictures(pictures, name)
     boxes = region.plan.boxes
     if len(pictures) % len(boxes):
         raise ValueError(
-            f"{len(pictures)} new pictures can't be stitched into {len(boxes)} crops: "
-            f"their number must be {len(boxes)} or a multiple of it."
+            f"{name} is a batch of {len(pictures)}, but the region has {len(boxes)} crops: a batch of {len(boxes)} is needed, or "
+            "of a multiple of it."
         )
 
     height, width = region.plan.picture_size
@@ -107,15 +109,22 @@ def place(region: Region, pictures: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def stitch(region: Region, pictures: torch.Tensor, harmony: Harmony = ONLY_BLEND) -> torch.Tensor:
+def stitch(
+    region: Region, pictures: torch.Tensor, harmony: Harmony = ONLY_BLEND, name: str = "The new picture"
+) -> torch.Tensor:
     """Puts pictures made from the crops of `region` back into the originals: [N, H, W, C], new memory.
 
     As `place`, but blended by the mask at full resolution: 0 keeps the original bit for bit, 1 takes the new pixel,
     values between mix the two. `harmony` says what is done about a change of tone.
     """
-    new = place(region, pictures)
+    new = place(region, pictures, name)
     old, mask = _originals(region, len(new))
-    return harmonise_pictures(new, old, mask, harmony)
+    return harmonize_pictures(new, old, mask, harmony)
+
+
+def may_change(region: Region, count: int) -> torch.Tensor:
+    """Where `stitch` may change the originals of `count` new pictures: float32 [count, H, W], 1 there and 0 elsewhere."""
+    return hole_of(_originals(region, count)[1])[:, 0].float()
 
 
 def mirrored(start: int, stop: int, side: int, device: torch.device) -> torch.Tensor:
@@ -133,22 +142,6 @@ def _originals(region: Region, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return region.picture[order % len(region.picture)], region.mask[order % len(region.mask)]
 
 
-def _bounding_boxes(occupied: torch.Tensor) -> list[Box | None]:
-    """The bounding box of the True pixels of each mask of [B, H, W]; None where there are none."""
-
-    def spans(lines: torch.Tensor) -> list[list[int]]:
-        # argmax gives the first of equal values.
-        lines = lines.int()
-        return torch.stack((lines.argmax(1), lines.shape[1] - lines.flip(1).argmax(1)), 1).tolist()
-
-    vertical, horizontal = spans(occupied.any(2)), spans(occupied.any(1))
-    anywhere = occupied.flatten(1).any(1).tolist()
-    return [
-        Box(top, left, bottom, right) if hit else None
-        for (top, bottom), (left, right), hit in zip(vertical, horizontal, anywhere, strict=True)
-    ]
-
-
 def _resize(picture: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
     """Resamples [h, w, C] to `size`; the tensor itself where it has that size already.
 
@@ -164,23 +157,7 @@ def _resize(picture: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Te
 
 
 def _full_size_mask(mask: torch.Tensor, name: str, pictures: torch.Tensor) -> torch.Tensor:
-    """Checks a mask and returns it as float32 in [0, 1], at the size and on the device of the pictures."""
-    if mask.ndim != 3 or 0 in mask.shape:
-        raise ValueError(f"{name} has the shape {list(mask.shape)}, but [B, H, W] with at least one pixel is needed.")
-    mask = mask.to(pictures.device, torch.float32)
+    """A mask as float32 [B, H, W] in [0, 1], at the size and on the device of the pictures; `name` is refused if not finite."""
     if not mask.isfinite().all():
         raise ValueError(f"{name} holds values that are NaN or infinite, but values from 0 to 1 are needed.")
-    return resize_mask(mask, pictures.shape[1:3])[:, 0]
-
-
-def check_pictures(pictures: torch.Tensor, name: str) -> None:
-    """Raises ValueError, beginning with `name`, unless `pictures` are [B, H, W, 3 or 4], floating point and finite."""
-    if pictures.ndim != 4 or 0 in pictures.shape or pictures.shape[-1] not in (3, 4):
-        raise ValueError(
-            f"{name} has the shape {list(pictures.shape)}, but [B, H, W, C] with at least one pixel and "
-            "3 or 4 channels is needed."
-        )
-    if not pictures.is_floating_point():
-        raise ValueError(f"{name} is of type {pictures.dtype}, but floating point from 0 to 1 is needed.")
-    if not pictures.isfinite().all():
-        raise ValueError(f"{name} holds values that are NaN or infinite, but values from 0 to 1 are needed.")
+    return resize_mask(mask.to(pictures.device), pictures.shape[1:3])[:, 0]

@@ -15,12 +15,12 @@ _FEW_PIXELS = 8
 
 
 class Box(NamedTuple):
-    """A rectangle of pixels, `bottom` and `right` exclusive. Negative or too large where it reaches out of the picture."""
+    """A rectangle of pixels, `right` and `bottom` exclusive. Negative or too large where it reaches out of the picture."""
 
-    top: int
     left: int
-    bottom: int
+    top: int
     right: int
+    bottom: int
 
     @property
     def height(self) -> int:
@@ -133,7 +133,7 @@ def plan(boxes: Sequence[Box | None], picture_size: tuple[int, int], settings: R
 
     Raises ValueError for an empty batch, a picture without pixels and a box that is empty or not inside the picture.
     """
-    whole = Box(0, 0, *picture_size)
+    whole = Box(0, 0, picture_size[1], picture_size[0])
     if not boxes or whole.height < 1 or whole.width < 1:
         raise ValueError(
             f"A region needs at least one picture with at least one pixel, not {len(boxes)} of {_by(picture_size)}."
@@ -161,10 +161,10 @@ def _with_context(box: Box, whole: Box, settings: RegionSettings) -> Box:
         for side in (box.height, box.width)
     )
     return Box(
-        max(whole.top, box.top - vertical),
-        max(whole.left, box.left - horizontal),
-        min(whole.bottom, box.bottom + vertical),
-        min(whole.right, box.right + horizontal),
+        left=max(whole.left, box.left - horizontal),
+        top=max(whole.top, box.top - vertical),
+        right=min(whole.right, box.right + horizontal),
+        bottom=min(whole.bottom, box.bottom + vertical),
     )
 
 
@@ -220,7 +220,7 @@ def _exact(value: float) -> Fraction:
 def _place(region: Box, size: tuple[int, int], whole: Box) -> Box:
     top = _centred(region.top, region.height, size[0], whole.height)
     left = _centred(region.left, region.width, size[1], whole.width)
-    return Box(top, left, top + size[0], left + size[1])
+    return Box(left, top, left + size[1], top + size[0])
 
 
 def _centred(start: int, side: int, new_side: int, limit: int) -> int:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .morphology import grow
+from .masks import hole_of
+from .morphology import bounding_boxes, grow
 from .region import mirrored
 from .region_plan import Box, Plan, RegionSettings, plan
 from .tiling import tile_boxes, tile_weight
@@ -97,8 +98,9 @@ class Workplace:
 
 
 def widened(mask: torch.Tensor, pixels: float) -> torch.Tensor:
-    """The hole [B, H, W] that is made anew: every pixel above 0, and what lies within `pixels` of it. Float32, 0 or 1."""
-    return grow((mask > 0).float(), pixels)[:, 0]
+    """What of a picture is made anew, float32 [B, H, W] of 0 and 1: the hole of a mask as for `as_mask_batch`, however grey, and
+    all within `pixels` of it."""
+    return grow(hole_of(mask).float(), pixels)[:, 0]
 
 
 def find_workplace(hole: torch.Tensor, factor: int, tile: int, overlap: int) -> Workplace | None:
@@ -117,8 +119,7 @@ def find_workplace(hole: torch.Tensor, factor: int, tile: int, overlap: int) -> 
     )
     soft = _softened(F.avg_pool2d(padded, factor), factor)
     needed = soft[0, 0] > 0
-    rows, columns = needed.any(1).nonzero()[:, 0], needed.any(0).nonzero()[:, 0]
-    found = Box(int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1)
+    found = Box(*bounding_boxes(needed)[0].tolist())
     side = max(_CELLS, (tile or _LEAST_PIXELS) // factor // _CELLS * _CELLS)
     settings = RegionSettings(
         native_size=1 << 20,

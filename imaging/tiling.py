@@ -21,7 +21,7 @@ def tile_boxes(needed: torch.Tensor, side: int, overlap: int) -> list[Box]:
         raise ValueError(f"The overlap is {overlap}, but must be from 0 to less than the side of a tile, {side}.")
     height, width = needed.shape
     boxes = [
-        Box(top, left, top + min(side, height), left + min(side, width))
+        Box(left, top, left + min(side, width), top + min(side, height))
         for top in _starts(height, side, overlap)
         for left in _starts(width, side, overlap)
     ]

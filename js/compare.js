@@ -5,7 +5,7 @@ import { addStyle, addView, address, button, forwardToCanvas, maker, nodeAt, poi
 const NODE = 'TrueFillCompare'
 const START_SIZE = [420, 500]
 const MIN_HEIGHT = 280
-const OUTLINE = { side: 768, line: 3, colour: [0, 229, 255], edge: [0, 0, 0] }
+const OUTLINE = { side: 768, line: 3, color: [0, 229, 255], edge: [0, 0, 0] }
 const AROUND = [[-1, -1], [0, -1], [1, -1], [-1, 0], [1, 0], [-1, 1], [0, 1], [1, 1]]
 const STEPS = {
   ArrowLeft: -1,
@@ -84,8 +84,8 @@ function drawOutline(canvas, mask) {
   for (let y = 0; y < height; y++) {
     for (let x = 0; x < width; x++) {
       if (!isHole(x, y) || !isNearEdge(x, y, 2 * OUTLINE.line)) continue
-      const colour = isNearEdge(x, y, OUTLINE.line) ? OUTLINE.colour : OUTLINE.edge
-      drawn.data.set([...colour, 255], 4 * (y * width + x))
+      const color = isNearEdge(x, y, OUTLINE.line) ? OUTLINE.color : OUTLINE.edge
+      drawn.data.set([...color, 255], 4 * (y * width + x))
     }
   }
   context.putImageData(drawn, 0, 0)

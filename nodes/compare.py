@@ -35,8 +35,9 @@ class TrueFillCompare(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The hole: what is above 0 may change. The figures tell inside from outside, and its outline can be "
-                    "shown. Without it the figures are of the whole picture.",
+                    tooltip="What may change: all that is not black. The figures tell inside from outside, and its outline can "
+                    "be shown. After Stitch Region and Upscale connect their MASK, which has the soft edge in it. Without a mask "
+                    "the figures are of the whole picture.",
                 ),
             ],
             outputs=[

@@ -2,10 +2,12 @@
 
 from comfy_api.latest import io
 
-from ..imaging.harmonise import ColourMode, Harmony, Mode, harmonise_pictures
-from ..imaging.region import Region, stitch
+from ..imaging.harmonize import ColorMode, Harmony, Mode, harmonize_pictures
+from ..imaging.masks import log_noise
+from ..imaging.pictures import check_pictures
+from ..imaging.region import Region, may_change, stitch
 from .region import RegionType
-from .schema import harmonise_inputs
+from .schema import harmonize_inputs
 
 
 class TrueFillStitchRegion(io.ComfyNode):
@@ -22,17 +24,24 @@ class TrueFillStitchRegion(io.ComfyNode):
                 io.Image.Input(
                     "image", tooltip="What was made of the crop. Several pictures for one crop give several results."
                 ),
-                RegionType.Input("region", tooltip="From Crop Region."),
-                *harmonise_inputs("off"),
+                RegionType.Input("region", tooltip="Where the crop belongs, from Crop Region."),
+                *harmonize_inputs("off"),
             ],
-            outputs=[io.Image.Output(tooltip="The whole picture.")],
+            outputs=[
+                io.Image.Output(tooltip="The whole picture."),
+                io.Mask.Output(
+                    tooltip="Where the picture may have changed, for Compare: the hole and its soft edge, all white."
+                ),
+            ],
         )
 
     @classmethod
     def execute(
-        cls, image: io.Image.Type, region: Region, harmonise: Mode, colour: ColourMode, band: int, mixed_gradients: bool
+        cls, image: io.Image.Type, region: Region, harmonize: Mode, color: ColorMode, band: int, mixed_gradients: bool
     ) -> io.NodeOutput:
-        return io.NodeOutput(stitch(region, image, Harmony(harmonise, colour, band, mixed_gradients)))
+        harmony = Harmony(mode=harmonize, color=color, band=band, mixed=mixed_gradients)
+        stitched = stitch(region, image, harmony, name="'image'")
+        return io.NodeOutput(stitched, may_change(region, len(stitched)))
 
 
 class TrueFillHarmonize(io.ComfyNode):
@@ -59,8 +68,8 @@ class TrueFillHarmonize(io.ComfyNode):
                     "the hole is compared with the original.",
                 ),
                 io.Image.Input("original", tooltip="The picture that was inpainted, of the same size."),
-                io.Mask.Input("mask", tooltip="The hole: white is taken from the image, grey is mixed."),
-                *harmonise_inputs("both"),
+                io.Mask.Input("mask", tooltip="The hole: white is taken from the image, gray is mixed."),
+                *harmonize_inputs("both"),
             ],
             outputs=[io.Image.Output(tooltip="The finished picture.")],
         )
@@ -71,13 +80,16 @@ class TrueFillHarmonize(io.ComfyNode):
         image: io.Image.Type,
         original: io.Image.Type,
         mask: io.Mask.Type,
-        harmonise: Mode,
-        colour: ColourMode,
+        harmonize: Mode,
+        color: ColorMode,
         band: int,
         mixed_gradients: bool,
     ) -> io.NodeOutput:
-        harmony = Harmony(harmonise, colour, band, mixed_gradients)
-        return io.NodeOutput(harmonise_pictures(image, original, mask, harmony))
+        check_pictures(image, "'image'")
+        check_pictures(original, "'original'")
+        log_noise("Harmonize", mask=mask)
+        harmony = Harmony(mode=harmonize, color=color, band=band, mixed=mixed_gradients)
+        return io.NodeOutput(harmonize_pictures(image, original, mask, harmony))
 
 
 NODES = [TrueFillStitchRegion, TrueFillHarmonize]

@@ -3,7 +3,9 @@
 from comfy.samplers import KSampler
 from comfy_api.latest import io
 
-from ..imaging.harmonise import ColourMode, Harmony, Mode
+from ..imaging.harmonize import ColorMode, Harmony, Mode
+from ..imaging.masks import log_noise, resize_mask
+from ..imaging.super_resolution import widened
 from ..model_patches.core.diffusion import Diffusion
 from ..model_patches.core.sampling_run import with_method
 from ..model_patches.hd_painter.known_blending import with_known
@@ -15,7 +17,7 @@ from .schema import (
     cfg_input,
     check_window,
     end_percent_input,
-    harmonise_inputs,
+    harmonize_inputs,
     hole_input,
     scheduler_input,
     seed_input,
@@ -181,7 +183,7 @@ class TrueFillUpscale(io.ComfyNode):
                     tooltip="The whole picture after inpainting, smaller or of the same size (Stitch Region's, say).",
                 ),
                 io.Mask.Input("mask", tooltip="The hole: everything that is not black is made new."),
-                seed_input("Of the noise."),
+                seed_input("Seed of the noise. Each picture of a batch has noise of its own."),
                 io.Int.Input("steps", default=20, min=1, max=1000, tooltip="How often each tile is sampled."),
                 cfg_input(),
                 io.Combo.Input(
@@ -232,7 +234,7 @@ class TrueFillUpscale(io.ComfyNode):
                     advanced=True,
                     tooltip="Pixels around the hole that are made new as well, so that the edge lies where both pictures agree.",
                 ),
-                *harmonise_inputs("poisson"),
+                *harmonize_inputs("poisson"),
                 io.Model.Input(
                     "model", optional=True, tooltip="The x4 upscaler, or any other model for img2img in tiles."
                 ),
@@ -252,7 +254,12 @@ class TrueFillUpscale(io.ComfyNode):
                     tooltip="Enlarges the inpainted picture (ESRGAN and such): by itself, or before img2img.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The original with the new hole.")],
+            outputs=[
+                io.Image.Output(tooltip="The original with the new hole."),
+                io.Mask.Output(
+                    tooltip="Where the picture may have changed, for Compare: the hole widened by 'expand'."
+                ),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -272,8 +279,8 @@ class TrueFillUpscale(io.ComfyNode):
         tile: int,
         overlap: int,
         expand: int,
-        harmonise: Mode,
-        colour: ColourMode,
+        harmonize: Mode,
+        color: ColorMode,
         band: int,
         mixed_gradients: bool,
         model: io.Model.Type | None = None,
@@ -294,6 +301,7 @@ class TrueFillUpscale(io.ComfyNode):
             )
         if tile and overlap >= tile:
             raise ValueError(f"The overlap of {overlap} pixels must be less than the tile, {tile}.")
+        log_noise("Upscale Inpainted", mask=mask)
         result = upscale_hole(
             image,
             inpainted,
@@ -310,10 +318,11 @@ class TrueFillUpscale(io.ComfyNode):
                 denoise=denoise,
             ),
             Layout(tile=tile, overlap=overlap, expand=expand),
-            Harmony(harmonise, colour, band, mixed_gradients),
+            Harmony(mode=harmonize, color=color, band=band, mixed=mixed_gradients),
             announcer(cls.hidden.unique_id),
         )
-        return io.NodeOutput(result)
+        changed = widened(resize_mask(mask, image.shape[1:3]), expand).expand(len(result), -1, -1)
+        return io.NodeOutput(result, changed)
 
 
 class TrueFillBlendKnown(io.ComfyNode):
@@ -331,7 +340,7 @@ class TrueFillBlendKnown(io.ComfyNode):
                 io.Model.Input("model", tooltip="Any image model; the x4 upscaler for the paper's method."),
                 io.Latent.Input("known", tooltip="The original picture after VAE Encode, at the size that is sampled."),
                 io.Mask.Input(
-                    "mask", tooltip="The hole (white); grey is mixed. A soft edge of some cells avoids seams."
+                    "mask", tooltip="The hole (white); gray is mixed. A soft edge of some cells avoids seams."
                 ),
                 io.Float.Input(
                     "strength",

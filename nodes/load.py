@@ -13,7 +13,7 @@ class TrueFillDemoModel(io.ComfyNode):
             display_name="Demo Model (TrueFill)",
             category="TrueFill/0 load",
             description="A very small model that ships with TrueFill, so that a graph runs without a download, in seconds on a "
-            "CPU. It draws one toy world: 8 shapes in 8 colours and 4 patterns on 15 backgrounds, 256x256. For real "
+            "CPU. It draws one toy world: 8 shapes in 8 colors and 4 patterns on 15 backgrounds, 256x256. For real "
             "pictures put Load Checkpoint in its place.",
             search_aliases=[
                 "load checkpoint",
@@ -31,7 +31,7 @@ class TrueFillDemoModel(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(
-                    tooltip="Knows scenes such as: a red striped star and a blue circle on a wooden table."
+                    tooltip="The model. It knows scenes such as: a red striped star and a blue circle on a wooden table."
                 ),
                 io.Clip.Output(tooltip="Its text encoder. Words that its world does not have mean nothing to it."),
                 io.Vae.Output(tooltip="Its autoencoder, in the format of TAESD."),

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..imaging import morphology
 from ..imaging.examples import EXAMPLES, load_example
 from ..imaging.mask_shapes import Shape, mask_shape
+from ..imaging.masks import log_noise
 
 
 class TrueFillExamplePhoto(io.ComfyNode):
@@ -43,7 +44,7 @@ class TrueFillGrowMask(io.ComfyNode):
             display_name="Grow Mask (TrueFill)",
             category="TrueFill/1 mask",
             description="Grows the hole by so many pixels in every direction, or shrinks it: round corners, true distance, exact "
-            "to the pixel. Grey edges keep their grey.",
+            "to the pixel. Gray edges keep their gray.",
             search_aliases=["expand mask", "shrink mask", "dilate", "erode", "grow mask", "mask offset"],
             inputs=[
                 _mask_input(),
@@ -62,6 +63,7 @@ class TrueFillGrowMask(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask: io.Mask.Type, pixels: float) -> io.NodeOutput:
+        log_noise("Grow Mask", mask=mask)
         return io.NodeOutput(morphology.grow(mask, pixels)[:, 0])
 
 
@@ -75,7 +77,7 @@ class TrueFillFeatherMask(io.ComfyNode):
             description="Softens the edge of the hole over so many pixels of true distance, on the side you choose.",
             search_aliases=["blur mask", "soften mask", "mask falloff", "feather"],
             inputs=[
-                _mask_input("The mask: white is hole. Of a grey mask everything lighter than half counts."),
+                _mask_input("The mask: all that is not black is hole, gray like white."),
                 io.Float.Input(
                     "pixels",
                     default=16.0,
@@ -106,6 +108,7 @@ class TrueFillFeatherMask(io.ComfyNode):
     def execute(
         cls, mask: io.Mask.Type, pixels: float, where: morphology.Where, curve: morphology.Curve
     ) -> io.NodeOutput:
+        log_noise("Feather Mask", mask=mask)
         return io.NodeOutput(morphology.feather(mask, pixels, where, curve)[:, 0])
 
 
@@ -166,6 +169,7 @@ class TrueFillCleanMask(io.ComfyNode):
     def execute(
         cls, mask: io.Mask.Type, remove_specks: int, fill_islands: int, smooth: float, shape: morphology.Shape
     ) -> io.NodeOutput:
+        log_noise("Clean Mask", mask=mask)
         return io.NodeOutput(morphology.clean(mask, remove_specks, fill_islands, smooth, shape)[:, 0])
 
 
@@ -202,7 +206,7 @@ class TrueFillMaskShape(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of the random numbers. Each picture of a batch has its own.",
+                    tooltip="Seed of the random numbers. Each picture of a batch has its own.",
                 ),
                 io.Float.Input(
                     "growth",
@@ -221,6 +225,7 @@ class TrueFillMaskShape(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask: io.Mask.Type, shape: Shape, seed: int, growth: float, strokes: int) -> io.NodeOutput:
+        log_noise("Mask Shape", mask=mask)
         return io.NodeOutput(mask_shape(mask, shape, seed, growth, strokes)[:, 0])
 
 

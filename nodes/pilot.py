@@ -84,7 +84,7 @@ def _pilot_inputs() -> list[io.Input]:
             "preset",
             options=[*_COHERENCE, "custom"],
             default="text",
-            tooltip="The authors' coherence. text: 1, optimised to the end. adapters: 0.8, for ControlNet, T2I-Adapter and "
+            tooltip="The authors' coherence. text: 1, optimized to the end. adapters: 0.8, for ControlNet, T2I-Adapter and "
             "IP-Adapter. custom: as the next widget says.",
         ),
         io.Float.Input(
@@ -93,7 +93,7 @@ def _pilot_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.05,
-            tooltip="For the preset 'custom': the share of the noise schedule in which the latent is optimised (the paper's "
+            tooltip="For the preset 'custom': the share of the noise schedule in which the latent is optimized (the paper's "
             "gamma). After that the noised original is put into the known part. Less is faster.",
         ),
         io.Int.Input(
@@ -101,10 +101,10 @@ def _pilot_inputs() -> list[io.Input]:
             default=10,
             min=1,
             max=1000,
-            tooltip="Every so many steps are optimised. More than there are steps: none.",
+            tooltip="Optimize every Nth step. More than there are steps: none.",
         ),
         io.Int.Input(
-            "iterations", default=10, min=0, max=1000, tooltip="Passes of the optimiser at each of those steps."
+            "iterations", default=10, min=0, max=1000, tooltip="Passes of the optimizer at each of those steps."
         ),
         io.Float.Input(
             "learning_rate",
@@ -114,7 +114,7 @@ def _pilot_inputs() -> list[io.Input]:
             step=0.001,
             round=0.0001,
             advanced=True,
-            tooltip="Of the optimiser; it grows towards the end, by 1.002 for each of the 1000 timesteps.",
+            tooltip="Learning rate of the optimizer; it grows towards the end, by 1.002 for each of the 1000 timesteps.",
         ),
         io.Float.Input(
             "first_rate",
@@ -127,7 +127,7 @@ def _pilot_inputs() -> list[io.Input]:
             tooltip="The learning rate at the first step.",
         ),
         io.Float.Input(
-            "momentum", default=0.7, min=0.0, max=0.99, step=0.01, advanced=True, tooltip="Of the optimiser."
+            "momentum", default=0.7, min=0.0, max=0.99, step=0.01, advanced=True, tooltip="Momentum of the optimizer."
         ),
         io.Float.Input(
             "coefficient",
@@ -197,7 +197,7 @@ class TrueFillPILOTSampler(io.ComfyNode):
             display_name="PILOT Sampler (TrueFill)",
             category="TrueFill/5 sample",
             description="Makes any SD1.5, SD2 or SDXL text-to-image model an inpainting model, without training: while it "
-            "samples, the latent is optimised so that the known part stays and the prompt lands in the hole. For SamplerCustom "
+            "samples, the latent is optimized so that the known part stays and the prompt lands in the hole. For SamplerCustom "
             "and SamplerCustomAdvanced, with a latent that holds the whole picture and its mask (Set Latent Noise Mask).",
             search_aliases=_ALIASES,
             inputs=[
@@ -233,11 +233,11 @@ class TrueFillPILOT(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive", tooltip="What shall be in the hole; with ControlNet or adapters, if you like."
                 ),
-                io.Conditioning.Input("negative", tooltip="What shall not."),
+                io.Conditioning.Input("negative", tooltip="What shall not be in the hole."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Image.Input("image", tooltip="The picture."),
                 io.Mask.Input("mask", tooltip="The hole: everything that is not black."),
-                seed_input("Of the noise."),
+                seed_input("Seed of the noise."),
                 io.Int.Input(
                     "steps", default=100, min=1, max=1000, tooltip="The authors' code takes 100, their paper 200."
                 ),

@@ -5,6 +5,7 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..imaging.fill import Fill, fill_pictures
+from ..imaging.masks import log_noise
 from ..imaging.region import crop
 from ..imaging.region_plan import RegionSettings
 
@@ -34,7 +35,10 @@ class TrueFillCropRegion(io.ComfyNode):
                 io.Image.Input(
                     "image", tooltip="The whole picture, at its own size; a batch may have different holes."
                 ),
-                io.Mask.Input("mask", tooltip="The hole: white is what shall change."),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="The hole: all that is not black shall change. Up to 2 of 255 levels are noise and stay.",
+                ),
                 io.Int.Input(
                     "native_size",
                     default=512,
@@ -59,7 +63,7 @@ class TrueFillCropRegion(io.ComfyNode):
                     max=1024.0,
                     step=1.0,
                     tooltip="Width in pixels of the soft edge with which the result is put back, outside of the hole. It is "
-                    "inpainted too. 0: the mask is used as it is.",
+                    "inpainted too, and gray is hole like white. 0: the mask is used as it is, and gray is mixed.",
                 ),
                 io.Int.Input(
                     "context_pixels",
@@ -131,7 +135,7 @@ class TrueFillCropRegion(io.ComfyNode):
             outputs=[
                 io.Image.Output(tooltip="The crop, at the model's size."),
                 io.Mask.Output(display_name="MASK", tooltip="What to inpaint in it: the hole and its soft edge."),
-                RegionType.Output(display_name="REGION", tooltip="For Stitch Region."),
+                RegionType.Output(display_name="REGION", tooltip="Where the crop belongs, for Stitch Region."),
             ],
         )
 
@@ -166,6 +170,7 @@ class TrueFillCropRegion(io.ComfyNode):
             max_upscale=max_upscale,
             forced_size=(height, width) if width else None,
         )
+        log_noise("Crop Region", mask=mask, context_mask=context_mask)
         return io.NodeOutput(*crop(image, mask, settings, context_mask, feather))
 
 
@@ -188,23 +193,22 @@ class TrueFillFillHole(io.ComfyNode):
             ],
             inputs=[
                 io.Image.Input("image", tooltip="The picture."),
-                io.Mask.Input("mask", tooltip="The hole: white is filled, grey is mixed."),
+                io.Mask.Input("mask", tooltip="The hole: white is filled, gray is mixed."),
                 io.Combo.Input(
                     "method",
                     options=list(get_args(Fill)),
                     default="blurred",
                     tooltip="blurred: smoothly from all around. edge: the nearest known pixel. mean: the known pixels' mean. "
-                    "noise: noise of their mean and contrast. grey: what inpainting models see as their hole.",
+                    "noise: noise of their mean and contrast. gray: what inpainting models see as their hole.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**32 - 1, advanced=True, tooltip="Which noise; of no use otherwise."
-                ),
+                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, advanced=True, tooltip="For noise: which one."),
             ],
             outputs=[io.Image.Output(tooltip="The picture with a filled hole.")],
         )
 
     @classmethod
     def execute(cls, image: io.Image.Type, mask: io.Mask.Type, method: Fill, seed: int) -> io.NodeOutput:
+        log_noise("Fill Hole", mask=mask)
         return io.NodeOutput(fill_pictures(image, mask, method, seed))
 
 

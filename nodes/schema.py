@@ -5,7 +5,7 @@ from typing import get_args
 from comfy.samplers import KSampler
 from comfy_api.latest import io
 
-from ..imaging.harmonise import ColourMode, Mode
+from ..imaging.harmonize import ColorMode, Mode
 from ..weights.engines import TRANSFORMERS, Package
 
 
@@ -75,22 +75,22 @@ def check_window(start_percent: float, end_percent: float) -> None:
         )
 
 
-def harmonise_inputs(default: Mode) -> list[io.Input]:
+def harmonize_inputs(default: Mode) -> list[io.Input]:
     """The widgets that become a `Harmony`; they come last, so that their order is the same on every node."""
     return [
         io.Combo.Input(
-            "harmonise",
+            "harmonize",
             options=list(get_args(Mode)),
             default=default,
-            tooltip="colour: takes the tone shift out, by comparing both pictures around the hole. poisson: keeps the gradients "
-            "of what was made and meets the picture at the edge. both: colours, then poisson. off: only blends.",
+            tooltip="color: takes the tone shift out, by comparing both pictures around the hole. poisson: keeps the gradients "
+            "of what was made and meets the picture at the edge. both: colors, then poisson. off: only blends.",
         ),
         io.Combo.Input(
-            "colour",
-            options=list(get_args(ColourMode)),
+            "color",
+            options=list(get_args(ColorMode)),
             default="mean",
             advanced=True,
-            tooltip="What the colours are matched by: mean shifts them, covariance also matches contrast and tint.",
+            tooltip="What the colors are matched by: mean shifts them, covariance also matches contrast and tint.",
         ),
         io.Int.Input(
             "band",
@@ -98,7 +98,7 @@ def harmonise_inputs(default: Mode) -> list[io.Input]:
             min=1,
             max=1024,
             advanced=True,
-            tooltip="Width in pixels of the band around the hole that colours are compared in.",
+            tooltip="Width in pixels of the band around the hole that colors are compared in.",
         ),
         io.Boolean.Input(
             "mixed_gradients",

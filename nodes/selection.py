@@ -73,7 +73,7 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                 ),
                 engine_input(SEGMENT_ANYTHING),
             ],
-            outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="For Segment.")],
+            outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="The segmenter, for Segment.")],
         )
 
     @classmethod
@@ -108,7 +108,7 @@ class TrueFillSegment(io.ComfyNode):
                 "select object",
             ],
             inputs=[
-                SegmenterType.Input("segmenter", tooltip="From Load Segmenter."),
+                SegmenterType.Input("segmenter", tooltip="The segmenter, from Load Segmenter."),
                 io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
                 *_mark_inputs(),
                 io.Combo.Input(
@@ -242,7 +242,9 @@ class TrueFillLoadDetector(io.ComfyNode):
                 ),
                 engine_input(GROUNDING_DINO),
             ],
-            outputs=[DetectorType.Output(display_name="DETECTOR", tooltip="For Detect and Mask From Text.")],
+            outputs=[
+                DetectorType.Output(display_name="DETECTOR", tooltip="The detector, for Detect and Mask From Text.")
+            ],
         )
 
     @classmethod
@@ -394,7 +396,7 @@ class TrueFillDetect(io.ComfyNode):
             description="Boxes around what a text names. The picture under the node shows them, or says that there are none.",
             search_aliases=["grounding dino", "text to box", "find object", "bounding box", "object detection"],
             inputs=[
-                DetectorType.Input("detector", tooltip="From Load Detector."),
+                DetectorType.Input("detector", tooltip="The detector, from Load Detector."),
                 io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
                 *_search_inputs(),
             ],
@@ -431,8 +433,8 @@ class TrueFillMaskFromText(io.ComfyNode):
                 "find object",
             ],
             inputs=[
-                DetectorType.Input("detector", tooltip="From Load Detector."),
-                SegmenterType.Input("segmenter", tooltip="From Load Segmenter."),
+                DetectorType.Input("detector", tooltip="The detector, from Load Detector."),
+                SegmenterType.Input("segmenter", tooltip="The segmenter, from Load Segmenter."),
                 io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
                 *_search_inputs(),
             ],

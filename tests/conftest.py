@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from truefill_testing import host
+# `devtools` lies in the project's root, which must not be on sys.path in a process that holds the host.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from devtools import pack as loader
 
-# Tests import `devtools` by name; it lies in the project's root, which must not be on sys.path.
-host.load_package("devtools", host.ROOT / "devtools")
+del sys.path[0]
 
 
 @pytest.fixture(scope="session")
 def pack() -> ModuleType:
     """The pack, loaded the way the host loads it."""
-    return host.load_pack()
+    return loader.load_pack()
 
 
 @pytest.fixture(scope="session")
 def pack_module() -> Callable[[str], ModuleType]:
     """A function that imports one module of the pack: `pack_module("model_patches.hd_painter.painta")`."""
-    return host.pack_module
+    return loader.pack_module
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--oracles",
+        action="store_true",
+        help="compute the literal forms' answers anew instead of reading the kept ones",
+    )
 
 
 def pytest_configure() -> None:

@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
+from devtools.pack import ensure_host
 from truefill_testing.checkpoints import FAMILIES, checkpoint, write_checkpoint
-from truefill_testing.host import ensure_host
 
 CONFIG = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
 

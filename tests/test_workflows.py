@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from truefill_testing.host import ROOT
+from devtools.pack import ROOT
 
 WORKFLOWS = ROOT / "workflows"
 HELP = ROOT / "js" / "docs"

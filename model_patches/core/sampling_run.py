@@ -199,8 +199,9 @@ class SamplingRun:
             del self._guests[name]
 
     @contextmanager
-    def edits_held(self) -> Iterator[None]:
-        """Keeps the edits of all calls within it until its end: for a graph whose backward pass runs blocks again."""
+    def graph_recorded(self) -> Iterator[None]:
+        """For a graph through the calls within it, and its backward pass: the model's weights are such that autograd may save
+        them, and the edits of the calls stay until its end, since blocks may run again."""
         try:
             with ExitStack() as self._held_edits:
                 yield
@@ -345,6 +346,7 @@ class SamplingRun:
                 edits.enter_context(method.edit(call))
             if self._held_edits is not None:
                 self._held_edits.push(edits.pop_all())
+                self.make_weights_ordinary(unet)
             return call_unet(call)
 
     def _check_rows(self, x: torch.Tensor, rows: Sequence[PromptRows]) -> None:

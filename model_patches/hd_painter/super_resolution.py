@@ -196,7 +196,7 @@ class _Diffusing:
     ) -> torch.Tensor:
         """The box's latent, from noise on `latent`, with `known` blended in at every step."""
         model, sampling = self._diffusion.model, self._sampling
-        if place.tiles != (Box(0, 0, *place.size),):
+        if place.tiles != (Box(0, 0, place.size[1], place.size[0]),):
             model = with_tiles(model, place.tiles, place.size, place.overlap, known)
         model = with_known(model, known, place.hole[:, 0])
         seed = (sampling.seed + index) % (1 << 64)

@@ -301,9 +301,9 @@ class _Job:
         model, others_write = self._guider.inner_model, self._others_write()
         saving = saving_copies(model, on_cpu=False) if others_write else nullcontext()
         blocks = recomputed(model.diffusion_model, others_write) if self._recompute else nullcontext()
-        reader = Centralisation(self._run, self._hole)
+        reader = Centralisation(self._hole)
         reading = self._run.with_guest(NAME, _ORDER, reader)
-        with gradients_enabled(), saving, blocks, self._run.edits_held(), reading:
+        with gradients_enabled(), saving, blocks, self._run.graph_recorded(), reading:
             leaf = x.clone().requires_grad_()
             (denoised,) = calc_cond_batch(model, [self._positive], leaf, rows.clone(), self._one_device)
             if not reader.has_read:

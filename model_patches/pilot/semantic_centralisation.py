@@ -17,7 +17,6 @@ import torch.nn.functional as F
 
 from ..core.prompt_tokens import prompt_attention
 from ..core.protocol import MethodRun, UNetCall
-from ..core.sampling_run import SamplingRun
 from ..core.unet_attention import Place, add_patch, use_differentiable_attention
 from .semantic_boundary import KnownPixels
 
@@ -28,8 +27,7 @@ class Centralisation(MethodRun):
     `hole` is [B, 1, h, w], 0 or 1.
     """
 
-    def __init__(self, run: SamplingRun, hole: torch.Tensor):
-        self._run = run
+    def __init__(self, hole: torch.Tensor):
         self._known = KnownPixels(hole)
         self._sums: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
         self._calls = 0
@@ -41,7 +39,6 @@ class Centralisation(MethodRun):
         return nullcontext()
 
     def call_unet(self, call_next: Callable[[UNetCall], torch.Tensor], call: UNetCall) -> torch.Tensor:
-        self._run.make_weights_ordinary(call.unet)
         return call_next(call.ordinary())
 
     def add(self, call: int, prompt: int, value: torch.Tensor) -> None:

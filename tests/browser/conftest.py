@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
+from devtools.pack import ROOT
 from devtools.server import Server
-from truefill_testing.host import ROOT
 
 PICTURES = ROOT / ".cache" / "screenshots"
 MODULES = ROOT / ".cache" / "browser" / "node_modules"

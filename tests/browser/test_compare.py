@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from devtools.pack import host_path, pack_module
 from devtools.server import Server
-from truefill_testing.host import host_path, pack_module
 
 pytestmark = pytest.mark.browser
 

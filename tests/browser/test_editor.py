@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from devtools.pack import ROOT, host_path, pack_module
 from devtools.server import Server
-from truefill_testing.host import ROOT, host_path, pack_module
 from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, SMALL_SAM3, place_stand_ins
 
 pytestmark = pytest.mark.browser

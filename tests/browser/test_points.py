@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from devtools.pack import host_path
 from devtools.server import Server
-from truefill_testing.host import host_path
 from truefill_testing.random_segmenters import small_sam
 
 pytestmark = pytest.mark.browser

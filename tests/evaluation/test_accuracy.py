@@ -11,14 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+from devtools import launch
+from devtools.pack import pack_module
 from truefill_testing.demo_weights import write_untrained
-from truefill_testing.host import ROOT, pack_module
 
 accuracy = pack_module("evaluation.accuracy")
 judges = pack_module("evaluation.judge")
 triplets = pack_module("training.world.triplets")
 
 QUICK = accuracy.KSampling(steps=2)
+COMMAND = launch.command("-p", "evaluation.bench_accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +96,9 @@ def test_captions_ask_for_every_attribute_and_are_the_same_every_time():
 
 
 def test_the_command_writes_table_rows_and_grid(tmp_path, weights):
-    command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--split", "dev", "--triplets", "2"]
+    command = [*COMMAND, "--split", "dev", "--triplets", "2"]
     command += ["--models", "9-channel", "--methods", "plain", "PAIntA + RASG", "--steps", "2", "--workers", "2"]
-    command += ["--weights", weights]
-    command += ["--json", tmp_path / "rows.json", "--grid", tmp_path / "grid.png"]
+    command += ["--weights", weights, "--json", tmp_path / "rows.json", "--grid", tmp_path / "grid.png"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -142,20 +143,16 @@ def test_kept_outcomes_are_gone_on_from(tmp_path, weights, monkeypatch):
 
 
 def test_the_command_draws_captions(tmp_path, weights):
-    command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--captions", "1", "--steps", "2"]
-    done = subprocess.run(
-        [*command, "--weights", weights, "--json", tmp_path / "rows.json", "--workers", "1"],
-        capture_output=True,
-        text=True,
-    )
+    command = [*COMMAND, "--captions", "1", "--steps", "2", "--workers", "1"]
+    command += ["--weights", weights, "--json", tmp_path / "rows.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["method"], row["n"], row["split"]) == ("text-to-image", 1, "test") and "seam" not in row
 
 
 def test_the_command_says_what_it_needs(tmp_path):
-    command = [sys.executable, ROOT / "evaluation" / "bench_accuracy.py", "--weights", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*COMMAND, "--weights", tmp_path], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{tmp_path} has no truefill_demo_" in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 accuracy = pack_module("evaluation.accuracy")
 bench = pack_module("evaluation.bench_accuracy")
@@ -72,31 +73,38 @@ def test_the_table_has_a_line_for_each_row(capsys):
     assert "50.0" in lines[0] and "51.9" in lines[0] and "text-to-image" in lines[1]
 
 
-def test_every_worker_is_heard(tmp_path, monkeypatch):
-    script = tmp_path / "worker.py"
-    script.write_text("import sys, json; print('from the host'); print(json.dumps({'share': sys.argv[-1][:3]}))")
-    monkeypatch.setattr(bench, "__file__", str(script))
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    """A function that puts a script in the place of the workers."""
+
+    def become(script: str) -> None:
+        path = tmp_path / "worker.py"
+        path.write_text(script)
+        monkeypatch.setattr(bench, "command", lambda *arguments: [sys.executable, str(path), *map(str, arguments)])
+
+    return become
+
+
+def test_every_worker_is_heard(tmp_path, workers):
+    workers("import sys, json; print('from the host'); print(json.dumps({'share': sys.argv[-1][:3]}))")
     found = list(bench.outcomes(3, tmp_path))
     assert sorted(line["share"] for line in found) == ["0/3", "1/3", "2/3"]
 
 
-def test_a_worker_that_fails_ends_the_run(tmp_path, monkeypatch):
-    script = tmp_path / "worker.py"
-    script.write_text("import sys, time; time.sleep(60 * (sys.argv[-1][0] == '0')); sys.exit('no weights')")
-    monkeypatch.setattr(bench, "__file__", str(script))
+def test_a_worker_that_fails_ends_the_run(tmp_path, workers):
+    workers("import sys, time; time.sleep(60 * (sys.argv[-1][0] == '0')); sys.exit('no weights')")
     with pytest.raises(RuntimeError, match="no weights"):
         list(bench.outcomes(2, tmp_path))
 
 
 @pytest.fixture
-def run_with(tmp_path, monkeypatch):
+def run_with(tmp_path, monkeypatch, workers):
     """A function that runs the benchmark with a script in the place of its workers."""
     for file in pack_module("weights.demo_model").FILES.values():
         (tmp_path / file).touch()
 
     def run(script: str) -> int:
-        (tmp_path / "worker.py").write_text(script)
-        monkeypatch.setattr(bench, "__file__", str(tmp_path / "worker.py"))
+        workers(script)
         arguments = ["--weights", str(tmp_path), "--triplets", "2", "--workers", "2"]
         monkeypatch.setattr("sys.argv", ["bench", *arguments])
         return bench.main()

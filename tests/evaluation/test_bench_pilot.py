@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.small_models import CONTEXT_DIM, small_model
 
 bench = pack_module("evaluation.bench_pilot")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 bench = pack_module("evaluation.bench_region")
 
 
 @pytest.fixture(scope="module")
 def quality():
-    return {(row["shift"], row["harmonise"]): row for row in bench.quality()}
+    return {(row["shift"], row["harmonize"]): row for row in bench.quality()}
 
 
 def test_nothing_changes_outside_of_the_hole(quality):
@@ -23,7 +23,7 @@ def test_a_tone_shift_goes(quality):
     for shift in ("constant", "linear"):
         assert quality[shift, "off"]["inside_error"] > 2
         assert quality[shift, "poisson"]["inside_error"] < 0.1
-    assert quality["constant", "colour"]["inside_error"] < 0.1
+    assert quality["constant", "color"]["inside_error"] < 0.1
     for shift in ("constant", "linear", "texture"):
         assert quality[shift, "both"]["seam"] < 0.1 * quality[shift, "off"]["seam"]
 
@@ -57,7 +57,7 @@ def test_memory_goes_by_the_tile():
 
 def test_every_operation_is_timed(capsys):
     rows = bench.speed([64], 2, 1)
-    assert {row["operation"] for row in rows} >= {"grow 16", "crop", "stitch", "poisson", "colour"}
+    assert {row["operation"] for row in rows} >= {"grow 16", "crop", "stitch", "poisson", "color"}
     assert all(row["seconds"] >= 0 and row["batch"] == 2 for row in rows)
     pack_module("evaluation.tables").show_table("Seconds", rows)
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 3

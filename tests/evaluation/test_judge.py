@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 attributes = pack_module("training.world.attributes")
 classifiers = pack_module("training.demo.classifier_network")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 attributes = pack_module("training.world.attributes")
 crops = pack_module("training.world.crops")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from devtools.client import Client
+from devtools.pack import host_path
 from devtools.server import Server
 from truefill_testing.checkpoints import FAMILIES, checkpoint, models_folder
-from truefill_testing.host import host_path
 from truefill_testing.stand_ins import SMALL_SAM3
 
 

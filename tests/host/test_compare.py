@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed, GraphRejected, Result
+from devtools.pack import pack_module
 from truefill_testing.graphs import node
-from truefill_testing.host import pack_module
 
 comparing = pack_module("imaging.compare")
 WIDTH, HEIGHT = 96, 64

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from devtools.client import Client, GraphRejected
+from devtools.pack import ROOT, pack_module
 from truefill_testing.graphs import node, picture
-from truefill_testing.host import ROOT, pack_module
 
 KINDS = ("inpainting", "text-to-image")
 PROMPT = "a red striped star"

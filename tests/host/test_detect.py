@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed, GraphRejected
+from devtools.pack import pack_module
 from devtools.server import Server
 from truefill_testing.graphs import node
-from truefill_testing.host import pack_module
 from truefill_testing.random_dino import random_dino
 from truefill_testing.random_segmenters import small_sam
 

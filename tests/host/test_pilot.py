@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed, Progress
+from devtools.pack import pack_module
 from devtools.server import Server
 from truefill_testing.graphs import node, pictures, run_and_interrupt
-from truefill_testing.host import pack_module
 
 morphology = pack_module("imaging.morphology")
 masks = pack_module("imaging.masks")

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed
+from devtools.pack import pack_module
 from truefill_testing.graphs import node, picture
-from truefill_testing.host import pack_module
 
 morphology = pack_module("imaging.morphology")
 WIDTH, HEIGHT = 200, 152

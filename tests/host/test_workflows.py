@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from devtools.client import Client
+from devtools.pack import ROOT, host_path
 from devtools.server import Server
-from truefill_testing.host import ROOT, host_path
 from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, THE_MOON, place_stand_ins
 
 WORKFLOWS = ROOT / "workflows"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 comparing = pack_module("imaging.compare")
 compare, heat_map = comparing.compare, comparing.heat_map

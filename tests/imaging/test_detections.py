@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 detections = pack_module("imaging.detections")
 Choice, Detection = detections.Choice, detections.Detection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from truefill_testing.host import ROOT, pack_module
+from devtools.pack import ROOT, pack_module
 
 examples = pack_module("imaging.examples")
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 fill = pack_module("imaging.fill")
-METHODS = ("blurred", "edge", "mean", "noise", "grey")
+METHODS = ("blurred", "edge", "mean", "noise", "gray")
 
 
 def some(batch: int, height: int, width: int, channels: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +88,7 @@ def test_blurred_continues_a_ramp_and_has_no_step_at_the_edge():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_picture_that_is_all_hole_becomes_grey(method):
+def test_a_picture_that_is_all_hole_becomes_gray_or_noise_around_it(method):
     made = fill.fill_hole(torch.rand(1, 3, 64, 64), torch.ones(64, 64), method)
     if method == "noise":
         assert abs(float(made.mean()) - 0.5) < 0.02 and made.std() > 0.1
@@ -98,9 +98,9 @@ def test_a_picture_that_is_all_hole_becomes_grey(method):
 
 def test_grey_masks_mix_and_one_mask_serves_all():
     pictures = torch.rand(3, 3, 4, 4)
-    made = fill.fill_hole(pictures, torch.full((4, 4), 0.25), "grey")
+    made = fill.fill_hole(pictures, torch.full((4, 4), 0.25), "gray")
     torch.testing.assert_close(made, 0.75 * pictures + 0.125)
-    assert fill.fill_hole(pictures[:1], torch.ones(2, 1, 4, 4), "grey").shape[0] == 2
+    assert fill.fill_hole(pictures[:1], torch.ones(2, 1, 4, 4), "gray").shape[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_grey_masks_mix_and_one_mask_serves_all():
         ((torch.rand(1, 3, 4, 4), torch.ones(4, 4), "telea"), "no fill 'telea'; choose one of blurred"),
         ((torch.rand(3, 4, 4), torch.ones(4, 4)), "4 dimensions"),
         ((torch.rand(1, 3, 4, 4), torch.ones(5, 4)), "4x5 pixels, the picture 4x4"),
-        ((torch.rand(2, 3, 4, 4), torch.ones(3, 4, 4)), "3 masks do not fit 2 pictures"),
+        ((torch.rand(2, 3, 4, 4), torch.ones(3, 4, 4)), "2 in 'image', 3 in 'mask'; each has to have 1 or 3"),
     ],
 )
 def test_mistakes_get_one_sentence(arguments, message):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence
 
 shapes = pack_module("imaging.mask_shapes")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 masks = pack_module("imaging.masks")
 
@@ -21,6 +21,16 @@ def holes(draw: st.DrawFn) -> torch.Tensor:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     density = draw(st.sampled_from([0.0, 0.02, 0.5, 1.0]))
     return (torch.rand(batch, 1, height, width, generator=generator) < density).float()
+
+
+@st.composite
+def grey_masks(draw: st.DrawFn) -> torch.Tensor:
+    """Holes of any grey above the noise, on backgrounds of 0 to 2/255."""
+    hole = draw(holes())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    levels = torch.randint(3, 256, hole.shape, generator=generator) / 255
+    noise = torch.randint(0, 3, hole.shape, generator=generator) / 255
+    return torch.where(hole > 0, levels, noise)
 
 
 @settings(max_examples=150, deadline=None)
@@ -53,7 +63,7 @@ def test_each_picture_of_a_batch_is_for_itself() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7), (2, 3, 5, 7)])
 def test_every_shape_becomes_a_batch_of_one_channel(shape: tuple[int, ...]) -> None:
-    mask = torch.rand(shape)
+    mask = 0.02 + 0.98 * torch.rand(shape)
     batch = masks.as_mask_batch(mask)
     assert batch.shape == (shape[0] if len(shape) > 2 else 1, 1, 5, 7)
     first = mask if len(shape) < 4 else mask[:, 0]
@@ -76,3 +86,73 @@ def test_the_given_mask_is_not_changed() -> None:
     mask = torch.full((1, 4, 4), 2.0)
     masks.as_mask_batch(mask)
     assert mask.max() == 2.0
+
+
+def test_every_8_bit_value_above_2_is_hole_and_keeps_its_grey_however_it_was_made() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)[None]
+    for given_mask in (levels / 255, 1 - (255 - levels) / 255, levels.double() / 255, (levels / 255).half()):
+        batch = masks.as_mask_batch(given_mask)[0, 0, 0]
+        assert batch[:3].tolist() == [0.0, 0.0, 0.0]
+        assert torch.equal(batch[3:], given_mask[0, 3:].float())
+        assert torch.equal(masks.hole_of(given_mask)[0, 0, 0], torch.arange(256) > 2)
+
+
+@settings(max_examples=150, deadline=None)
+@given(grey_masks(), side, side)
+def test_what_came_through_the_door_goes_through_it_unchanged(mask: torch.Tensor, height: int, width: int) -> None:
+    batch, resized = masks.as_mask_batch(mask), masks.resize_mask(mask, (height, width))
+    assert torch.equal(masks.as_mask_batch(batch), batch) and torch.equal(batch > 0, masks.hole_of(mask))
+    assert torch.equal(masks.as_mask_batch(resized), resized)
+    assert resized.shape == (len(mask), 1, height, width)
+    assert torch.equal(resized.flatten(1).any(1), batch.flatten(1).any(1)), "a hole was lost, or one appeared"
+
+
+@settings(max_examples=150, deadline=None)
+@given(grey_masks(), side, side)
+def test_on_a_grid_the_hole_counts_however_grey(mask: torch.Tensor, height: int, width: int) -> None:
+    binary = (mask > 0.01).float()
+    covered = masks.hole_coverage(mask, (height, width))
+    assert torch.equal(covered, masks.coverage(binary, (height, width)))
+    assert torch.equal(masks.hole_cells(covered, (height, width)), masks.hole_cells(binary, (height, width)))
+
+
+@pytest.mark.parametrize("grey", [3 / 255, 0.25, 0.498, 0.5, 1.0])
+def test_a_second_white_hole_changes_nothing_about_a_grey_one(grey: float) -> None:
+    alone = torch.full((1, 64, 64), 1 / 255)
+    alone[:, 8:24, 8:24] = grey
+    both = alone.clone()
+    both[:, 40:56, 40:56] = 1.0
+    for size in ((64, 64), (8, 8), (12, 9)):
+        cells = [masks.hole_cells(masks.hole_coverage(mask, size), size) for mask in (alone, both)]
+        near = slice(None), slice(0, size[0] // 2), slice(0, size[1] // 2)
+        assert cells[0].any() and torch.equal(cells[0][near], cells[1][near])
+        weights = [masks.coverage(masks.as_mask_batch(mask), size)[:, 0] for mask in (alone, both)]
+        assert torch.equal(weights[0][near], weights[1][near])
+        assert weights[0].max() == pytest.approx(grey)
+
+
+def test_noise_is_spoken_of_where_a_hole_vanishes_or_a_background_is_not_black(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    clean, faint = torch.zeros(16, 16), torch.zeros(16, 16)
+    clean[4:8, 4:8] = 0.5
+    faint[4:8, 4:8] = 2 / 255
+    noisy = clean.clamp(min=1 / 255)
+    soft = clean.clone()
+    soft[3:9, 3] = 1 / 255
+    batch = torch.stack([clean, faint, noisy, soft, torch.zeros(16, 16)])
+    notes = masks.noise_notes(batch, "'mask'")
+    assert [bool(note) for note in notes] == [False, True, True, False, False]
+    assert notes[1] == "'mask' is not black, but nothing in it is above 2/255, which counts as noise: it has no hole."
+    assert notes[2] == "'mask' has a background that is mostly not black, but at most 2/255, which counts as known."
+    masks.log_noise("Crop Region", mask=batch[1:3].repeat(2, 1, 1), context_mask=None)
+    assert caplog.messages == [f"TrueFill Crop Region: {note} (2 of 4 masks)" for note in notes[1:3]]
+    caplog.clear()
+    masks.log_noise("Crop Region", mask=noisy, context_mask=faint)
+    assert [message.split(" ", 3)[3] for message in caplog.messages] == [
+        notes[2],
+        notes[1].replace("mask", "context_mask", 1),
+    ]
+    caplog.clear()
+    masks.log_noise("Crop Region", mask=batch[3:])
+    assert not caplog.messages

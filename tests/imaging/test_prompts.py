@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 prompts = pack_module("imaging.prompts")
 

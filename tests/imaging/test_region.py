@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence, sliced
 
 region = pack_module("imaging.region")
@@ -27,7 +27,8 @@ def mask_of(size: tuple[int, int], *holes: tuple[int, int, int, int] | None) -> 
     mask = torch.zeros(len(holes), *size)
     for index, hole in enumerate(holes):
         if hole:
-            mask[index, hole[0] : hole[2], hole[1] : hole[3]] = 1.0
+            left, top, right, bottom = hole
+            mask[index, top:bottom, left:right] = 1.0
     return mask
 
 
@@ -52,7 +53,8 @@ def jobs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
         elif kind == "sparse":
             mask = (noise < 0.02).float()
         elif kind == "grey":
-            mask = (noise - 0.7).clamp(min=0.0)
+            # Above the noise, as after the door that every mask comes through.
+            mask = torch.where(noise > 0.75, noise - 0.7, 0.0)
         masks.append(mask)
     pictures = random_pictures(counts[0], height, width, draw(st.sampled_from([3, 4])), seed)
     return pictures, torch.stack(masks)
@@ -121,7 +123,7 @@ def test_padding_mirrors_as_numpy_does_and_repeats_the_edge_where_the_picture_is
 
 
 def test_a_hole_at_the_border_goes_on_in_the_padding() -> None:
-    mask = mask_of((30, 30), (0, 0, 4, 30))
+    mask = mask_of((30, 30), (0, 0, 30, 4))
     _, crop_masks, made = region.crop(random_pictures(1, 30, 30), mask, sliced(forced_size=(40, 40)))
     assert made.plan.padding == (5, 5, 5, 5)
     # The mirror starts at row 0, which isn't repeated: rows 1 to 3 of the hole show up once more above it.
@@ -140,13 +142,13 @@ def test_the_whole_hole_is_in_the_crop(job: Any, rule: Any) -> None:
         assert not own.any()
 
 
-def test_the_hole_is_every_pixel_above_zero() -> None:
-    mask = torch.zeros(1, 40, 40)
-    mask[0, 10, 12] = 1e-6
+def test_the_hole_is_every_pixel_above_the_noise() -> None:
+    mask = torch.full((1, 40, 40), 2 / 255)
+    mask[0, 10, 12] = 3 / 255
     mask[0, 17, 35] = 1.0
-    for context in (None, mask_of((40, 40), (14, 20, 15, 21))):
+    for context in (None, mask_of((40, 40), (20, 14, 21, 15))):
         _, _, made = region.crop(random_pictures(1, 40, 40), mask, sliced(), context)
-        assert made.plan.boxes == (Box(10, 12, 18, 36),)
+        assert made.plan.boxes == (Box(12, 10, 36, 18),)
 
 
 def test_mask_values_out_of_range_are_cut() -> None:
@@ -158,9 +160,9 @@ def test_mask_values_out_of_range_are_cut() -> None:
 
 def test_each_picture_of_a_batch_gets_the_region_around_its_own_hole() -> None:
     pictures = random_pictures(3, 40, 48)
-    mask = mask_of((40, 48), (0, 0, 8, 8), None, (30, 40, 38, 48))
+    mask = mask_of((40, 48), (0, 0, 8, 8), None, (40, 30, 48, 38))
     crops, crop_masks, made = region.crop(pictures, mask, sliced())
-    assert made.plan.boxes == (Box(0, 0, 8, 8), Box(16, 20, 24, 28), Box(30, 40, 38, 48))
+    assert made.plan.boxes == (Box(0, 0, 8, 8), Box(20, 16, 28, 24), Box(40, 30, 48, 38))
     expected = [pictures[0, 0:8, 0:8], pictures[1, 16:24, 20:28], pictures[2, 30:38, 40:48]]
     assert torch.equal(crops, torch.stack(expected))
     assert crop_masks.flatten(1).sum(1).tolist() == [64.0, 0.0, 64.0]
@@ -169,9 +171,9 @@ def test_each_picture_of_a_batch_gets_the_region_around_its_own_hole() -> None:
 def test_the_context_mask_widens_the_region_and_is_no_hole() -> None:
     pictures = random_pictures(1, 40, 48)
     mask = mask_of((40, 48), (8, 8, 12, 12), None)
-    context = mask_of((40, 48), (10, 24, 24, 32))
+    context = mask_of((40, 48), (24, 10, 32, 24))
     crops, crop_masks, made = region.crop(pictures, mask, sliced(), context)
-    assert made.plan.boxes == (Box(8, 8, 24, 32), Box(9, 16, 25, 40))
+    assert made.plan.boxes == (Box(8, 8, 32, 24), Box(16, 9, 40, 25))
     assert torch.equal(crops[0], pictures[0, 8:24, 8:32])
     assert crop_masks.flatten(1).sum(1).tolist() == [16.0, 0.0]
     each = region.crop(pictures, mask[:1], sliced(), torch.cat((context, mask[:1])))[2]
@@ -279,7 +281,7 @@ def test_placing_covers_the_whole_box_whatever_the_mask_and_nothing_else(job: An
 
 def test_what_is_placed_gets_the_size_of_the_box_and_the_type_of_the_original() -> None:
     pictures = random_pictures(1, 40, 48).half()
-    made = region.crop(pictures, mask_of((40, 48), (8, 16, 24, 40)), sliced())[2]
+    made = region.crop(pictures, mask_of((40, 48), (16, 8, 40, 24)), sliced())[2]
     for size in ((7, 9), (16, 24), (64, 96)):
         result = region.place(made, torch.full((1, *size, 3), 0.25, dtype=torch.float64))
         assert result.dtype == torch.float16 and (result[:, 8:24, 16:40] == 0.25).all()
@@ -373,9 +375,9 @@ def ramps(size: int) -> torch.Tensor:
 @pytest.mark.parametrize("native", [24, 32, 40, 64, 96, 120, 144])
 def test_resampling_moves_nothing(native: int) -> None:
     size = 80
-    mask = mask_of((size, size), (8, 16, 56, 64))
+    mask = mask_of((size, size), (16, 8, 64, 56))
     crops, _, made = region.crop(ramps(size), mask, sliced(native_size=native, max_upscale=4))
-    assert made.plan.boxes == (Box(8, 16, 56, 64),) and made.plan.size == (native, native)
+    assert made.plan.boxes == (Box(16, 8, 64, 56),) and made.plan.size == (native, native)
     step = 48 / native
     centres = (torch.arange(native) + 0.5) * step
     # In pixels of the picture. Only the last few pixels of a line may see its end.
@@ -405,7 +407,7 @@ def test_a_centred_dot_stays_centred(native: int) -> None:
 
 
 def test_a_result_of_another_size_comes_back_to_the_same_place() -> None:
-    made = region.crop(ramps(80), mask_of((80, 80), (8, 16, 56, 64)), sliced())[2]
+    made = region.crop(ramps(80), mask_of((80, 80), (16, 8, 64, 56)), sliced())[2]
     for size in (40, 47, 96, 200):
         centres = (torch.arange(size) + 0.5) * 48 / size
         new = torch.zeros(1, size, size, 3)
@@ -430,19 +432,22 @@ NAN = torch.full((1, 8, 8, 3), float("nan"))
 @pytest.mark.parametrize(
     ("pictures", "mask", "context", "message"),
     [
-        (torch.zeros(8, 8, 3), torch.ones(1, 8, 8), None, r"picture.*\[8, 8, 3\].*\[B, H, W, C\]"),
-        (torch.zeros(1, 8, 8, 2), torch.ones(1, 8, 8), None, r"picture.*\[1, 8, 8, 2\].*3 or 4 channels"),
-        (torch.zeros(0, 8, 8, 3), torch.ones(1, 8, 8), None, r"picture.*\[0, 8, 8, 3\]"),
-        (torch.zeros(1, 0, 8, 3), torch.ones(1, 8, 8), None, r"picture.*\[1, 0, 8, 3\]"),
-        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(1, 8, 8), None, r"picture.*uint8.*floating point"),
-        (NAN, torch.ones(1, 8, 8), None, r"picture.*NaN"),
-        (torch.zeros(1, 8, 8, 3), torch.ones(8, 8), None, r"mask.*\[8, 8\].*\[B, H, W\]"),
-        (torch.zeros(1, 8, 8, 3), torch.ones(1, 0, 8), None, r"mask.*\[1, 0, 8\]"),
-        (torch.zeros(1, 8, 8, 3), NAN[..., 0], None, r"mask.*NaN"),
-        (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8), NAN[..., 0], r"context mask.*NaN"),
-        (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8), torch.ones(8, 8), r"context mask.*\[8, 8\]"),
-        (torch.zeros(2, 8, 8, 3), torch.ones(3, 8, 8), None, r"2 pictures, 3 masks"),
-        (torch.zeros(1, 8, 8, 3), torch.ones(2, 8, 8), torch.ones(3, 8, 8), r"2 masks and 3 context masks"),
+        (torch.zeros(8, 8, 3), torch.ones(1, 8, 8), None, r"'image'.*\[8, 8, 3\].*\[B, H, W, C\]"),
+        (torch.zeros(1, 8, 8, 2), torch.ones(1, 8, 8), None, r"'image'.*\[1, 8, 8, 2\].*3 or 4 channels"),
+        (torch.zeros(0, 8, 8, 3), torch.ones(1, 8, 8), None, r"'image'.*\[0, 8, 8, 3\]"),
+        (torch.zeros(1, 0, 8, 3), torch.ones(1, 8, 8), None, r"'image'.*\[1, 0, 8, 3\]"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.ones(1, 8, 8), None, r"'image'.*uint8.*floating point"),
+        (NAN, torch.ones(1, 8, 8), None, r"'image'.*NaN"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(1, 0, 8), None, r"mask.*\[1, 1, 0, 8\]"),
+        (torch.zeros(1, 8, 8, 3), NAN[..., 0], None, r"'mask'.*NaN"),
+        (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8), NAN[..., 0], r"'context_mask'.*NaN"),
+        (torch.zeros(2, 8, 8, 3), torch.ones(3, 8, 8), None, r"2 in 'image', 3 in 'mask'; each has to have 1 or 3\.$"),
+        (
+            torch.zeros(1, 8, 8, 3),
+            torch.ones(2, 8, 8),
+            torch.ones(3, 8, 8),
+            r"1 in 'image', 2 in 'mask', 3 in 'context_mask'; each has to have 1 or 3\.$",
+        ),
     ],
 )
 def test_what_cannot_be_cropped_is_refused_in_one_sentence(
@@ -456,8 +461,8 @@ def test_what_cannot_be_cropped_is_refused_in_one_sentence(
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        (torch.zeros(3, 8, 8, 3), r"3 new pictures.*2 crops.*2 or a multiple"),
-        (torch.zeros(1, 8, 8, 3), r"1 new pictures.*2 crops"),
+        (torch.zeros(3, 8, 8, 3), r"batch of 3.*2 crops.*batch of 2.*or of a multiple"),
+        (torch.zeros(1, 8, 8, 3), r"batch of 1.*2 crops"),
         (torch.zeros(0, 8, 8, 3), r"new picture.*\[0, 8, 8, 3\]"),
         (torch.zeros(8, 8, 3), r"new picture.*\[8, 8, 3\]"),
         (NAN, r"new picture.*NaN"),
@@ -468,3 +473,71 @@ def test_what_cannot_be_stitched_is_refused_in_one_sentence(new: torch.Tensor, m
     with pytest.raises(ValueError, match=message) as refused:
         region.stitch(made, new)
     assert one_sentence(refused)
+
+
+@pytest.mark.parametrize("feather", [-1.0, math.nan, math.inf])
+def test_a_senseless_feather_is_refused_by_its_own_name(feather: float) -> None:
+    with pytest.raises(ValueError, match=rf"^feather is {feather}, but must be 0 or more, and finite") as refused:
+        region.crop(random_pictures(1, 8, 8), torch.ones(1, 8, 8), Settings(), feather=feather)
+    assert one_sentence(refused)
+
+
+def test_a_mask_of_two_dimensions_is_one_mask() -> None:
+    pictures, mask, context = random_pictures(1, 30, 20), mask_of((30, 20), (4, 6, 12, 14)), torch.zeros(1, 30, 20)
+    expected = region.crop(pictures, mask, sliced(), context)
+    for part, same in zip(region.crop(pictures, mask[0], sliced(), context[0])[:2], expected[:2], strict=True):
+        assert torch.equal(part, same)
+
+
+GREY_HOLE, WHITE_HOLE = (8, 10, 24, 26), (44, 40, 56, 50)
+
+
+def grey_and_white(grey: float, white: bool, background: float = 0.0) -> torch.Tensor:
+    mask = torch.full((1, 60, 64), background)
+    left, top, right, bottom = GREY_HOLE
+    mask[0, top:bottom, left:right] = grey
+    if white:
+        mask = torch.maximum(mask, mask_of((60, 64), WHITE_HOLE))
+    return mask
+
+
+@pytest.mark.parametrize("background", [0.0, 1 / 255, 2 / 255])
+@pytest.mark.parametrize("white", [False, True], ids=["alone", "beside a white hole"])
+@pytest.mark.parametrize("grey", [3 / 255, 0.25, 0.498, 0.5, 0.502])
+def test_without_a_feather_grey_is_the_weight_of_the_new_and_with_one_all_of_the_hole_is_new(
+    grey: float, white: bool, background: float
+) -> None:
+    pictures, mask = random_pictures(1, 60, 64), grey_and_white(grey, white, background)
+    left, top, right, bottom = GREY_HOLE
+    here, around = np.s_[0, top:bottom, left:right], np.s_[0, top - 6 : bottom + 6, left - 6 : right + 6]
+    for feather, weight in ((0.0, grey), (6.0, 1.0)):
+        crops, crop_masks, made = region.crop(pictures, mask, sliced(context_pixels=8), feather=feather)
+        result, changed = region.stitch(made, 1.0 - crops), region.may_change(made, 1)
+        expected = torch.lerp(pictures, 1.0 - pictures, weight)
+        torch.testing.assert_close(result[here], expected[here])
+        reach = made.mask[0, : bottom + 8, : right + 8]
+        assert reach.max() == pytest.approx(weight) and (changed[here] == 1).all()
+        # Nothing but the hole and its edge, whatever the background is.
+        kept = torch.ones(1, 60, 64, dtype=torch.bool)
+        kept[around if feather else here] = False
+        kept[:, WHITE_HOLE[1] - 6 : WHITE_HOLE[3] + 6, WHITE_HOLE[0] - 6 : WHITE_HOLE[2] + 6] = False
+        assert torch.equal(result[kept], pictures[kept]) and not changed[kept].any()
+        assert (crop_masks > 0).any() and made.plan.boxes[0].left <= left - (8 if not white else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    jobs(), tensor_rules, st.sampled_from([0.0, 0.5, 3.0, 40.0]), st.integers(1, 2), st.sampled_from(["off", "both"])
+)
+def test_what_may_change_is_all_that_changes(job: Any, rule: Any, feather: float, times: int, harmonize: str) -> None:
+    pictures, mask = job
+    crops, crop_masks, made = region.crop(pictures, mask, rule, feather=feather)
+    new = random_pictures(times * len(crops), *made.plan.size, seed=1)
+    changed = region.may_change(made, len(new))
+    assert changed.shape == (len(new), *pictures.shape[1:3]) and set(changed.unique().tolist()) <= {0.0, 1.0}
+    result = region.stitch(made, new, region.Harmony(harmonize))
+    for index, picture in enumerate(result):
+        kept, before = changed[index] == 0, pictures[index % len(pictures)]
+        assert torch.equal(picture[kept], before[kept])
+        assert (changed[index][mask[index % len(mask)] > 0] == 1).all()
+    assert torch.equal(crop_masks.flatten(1).any(1), changed[: len(crops)].flatten(1).any(1))

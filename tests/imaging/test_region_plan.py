@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence, sliced
 
 region_plan = pack_module("imaging.region_plan")
@@ -42,7 +42,7 @@ def layouts(draw: st.DrawFn) -> tuple[list[Any], tuple[int, int]]:
     boxes = []
     for _ in range(draw(st.integers(1, 3))):
         (top, bottom), (left, right) = span(height), span(width)
-        boxes.append(draw(st.sampled_from([Box(top, left, bottom, right)] * 3 + [None])))
+        boxes.append(draw(st.sampled_from([Box(left, top, right, bottom)] * 3 + [None])))
     return boxes, (height, width)
 
 
@@ -51,10 +51,10 @@ def context_of(box: Any, size: tuple[int, int], rule: Any) -> Any:
     down = max(rule.context_pixels, math.ceil(Fraction(rule.context_percent) * (box.bottom - box.top) / 100))
     across = max(rule.context_pixels, math.ceil(Fraction(rule.context_percent) * (box.right - box.left) / 100))
     return Box(
-        max(0, box.top - down),
         max(0, box.left - across),
-        min(size[0], box.bottom + down),
+        max(0, box.top - down),
         min(size[1], box.right + across),
+        min(size[0], box.bottom + down),
     )
 
 
@@ -69,17 +69,17 @@ def test_every_box_holds_its_context_and_stays_in_the_picture_if_it_can(layout: 
     for hole, box in zip(holes, plan.boxes, strict=True):
         context = context_of(hole, size, rule) if hole else None
         for axis, limit in enumerate(size):
-            start, stop = box[axis], box[axis + 2]
+            start, stop = box[1 - axis], box[3 - axis]
             if stop - start > limit:
                 # It reaches out on both sides alike.
                 assert start <= 0 and stop >= limit and abs(-start - (stop - limit)) <= 1
             else:
                 assert 0 <= start and stop <= limit
             if context:
-                assert start <= context[axis] and stop >= context[axis + 2]
+                assert start <= context[1 - axis] and stop >= context[3 - axis]
             # Centred on the context, or on the picture without one, where no border is in the way.
             if 0 < start and stop < limit:
-                middle = context[axis] + context[axis + 2] if context else limit
+                middle = context[1 - axis] + context[3 - axis] if context else limit
                 assert abs(start + stop - middle) <= 1
 
 
@@ -120,7 +120,7 @@ def test_the_native_area_is_met_unless_the_upscaling_is_limited(layout: Any, rul
 @pytest.mark.parametrize("aspect", [1, 1.5, 2])
 @pytest.mark.parametrize("side", [100, 333, 700, 1500, 4000])
 def test_the_native_area_is_met_within_a_few_percent(native: int, aspect: float, side: int) -> None:
-    hole = Box(9000, 9000, 9000 + side, 9000 + round(side * aspect))
+    hole = Box(9000, 9000, 9000 + round(side * aspect), 9000 + side)
     plan = region_plan.plan([hole], (32000, 32000), Settings(native_size=native, max_upscale=100))
     assert plan.size[0] * plan.size[1] == pytest.approx(native**2, rel=0.06)
     assert plan.size[1] / plan.size[0] == pytest.approx(aspect, rel=0.05)
@@ -133,7 +133,7 @@ def test_the_native_area_is_met_within_a_few_percent(native: int, aspect: float,
 @example(515, 515, 512, 4)
 @example(507, 507, 512, 4)
 def test_less_than_one_percent_is_never_resampled(height: int, width: int, native: int, limit: float) -> None:
-    plan = region_plan.plan([Box(0, 0, height, width)], (height, width), sliced(native_size=native, max_upscale=limit))
+    plan = region_plan.plan([Box(0, 0, width, height)], (height, width), sliced(native_size=native, max_upscale=limit))
     wanted = min(native / math.sqrt(height * width), limit)
     if 0.99 <= wanted <= 1.01:
         assert plan.size == plan.box_size
@@ -166,22 +166,22 @@ def test_sizes_that_can_be_checked_by_hand(side: int, multiple: int, limit: floa
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({}, (40, 48, 60, 72)),  # 24 x 20
-        ({"context_pixels": 4}, (36, 44, 64, 76)),
-        ({"context_percent": 50}, (30, 36, 70, 84)),
-        ({"context_percent": 50, "context_pixels": 11}, (29, 36, 71, 84)),  # the larger of both, side by side
-        ({"context_percent": 1}, (39, 47, 61, 73)),
-        ({"min_side": 40}, (30, 40, 70, 80)),
-        ({"max_aspect": 1}, (38, 48, 62, 72)),
-        ({"max_aspect": 1.2}, (40, 48, 60, 72)),  # 1.2 as a fraction: 24 x 20 has just that aspect
-        ({"min_side": 1000}, (0, 0, 100, 200)),  # no more than there is
-        ({"context_pixels": 45}, (0, 3, 100, 117)),  # only what is there above and below
+        ({}, (48, 40, 72, 60)),  # 24 x 20
+        ({"context_pixels": 4}, (44, 36, 76, 64)),
+        ({"context_percent": 50}, (36, 30, 84, 70)),
+        ({"context_percent": 50, "context_pixels": 11}, (36, 29, 84, 71)),  # the larger of both, side by side
+        ({"context_percent": 1}, (47, 39, 73, 61)),
+        ({"min_side": 40}, (40, 30, 80, 70)),
+        ({"max_aspect": 1}, (48, 38, 72, 62)),
+        ({"max_aspect": 1.2}, (48, 40, 72, 60)),  # 1.2 as a fraction: 24 x 20 has just that aspect
+        ({"min_side": 1000}, (0, 0, 200, 100)),  # no more than there is
+        ({"context_pixels": 45}, (3, 0, 117, 100)),  # only what is there above and below
     ],
 )
 def test_the_region_before_it_is_rounded_to_the_target(change: Any, expected: tuple[int, int, int, int]) -> None:
     # Enlarged eightfold, every region is of whole multiples as it is.
     rule = sliced(**{"max_upscale": 8, "max_aspect": 50, **change})
-    plan = region_plan.plan([Box(40, 48, 60, 72)], (100, 200), rule)
+    plan = region_plan.plan([Box(48, 40, 72, 60)], (100, 200), rule)
     assert plan.boxes == (Box(*expected),)
     assert plan.scale == (8, 8)
 
@@ -190,9 +190,9 @@ def test_the_region_before_it_is_rounded_to_the_target(change: Any, expected: tu
     ("hole", "expected"),
     [
         (Box(0, 0, 1, 1), Box(0, 0, 16, 16)),
-        (Box(49, 59, 50, 60), Box(34, 44, 50, 60)),
-        (Box(0, 30, 2, 32), Box(0, 23, 16, 39)),
-        (Box(20, 58, 22, 60), Box(13, 44, 29, 60)),
+        (Box(59, 49, 60, 50), Box(44, 34, 60, 50)),
+        (Box(30, 0, 32, 2), Box(23, 0, 39, 16)),
+        (Box(58, 20, 60, 22), Box(44, 13, 60, 29)),
     ],
 )
 def test_at_the_border_the_region_is_shifted_into_the_picture(hole: Any, expected: Any) -> None:
@@ -201,21 +201,21 @@ def test_at_the_border_the_region_is_shifted_into_the_picture(hole: Any, expecte
 
 
 def test_only_a_region_larger_than_the_picture_reaches_out_of_it() -> None:
-    plan = region_plan.plan([Box(0, 0, 50, 61)], (50, 61), sliced())
-    assert plan.boxes == (Box(-3, -2, 53, 62),)
+    plan = region_plan.plan([Box(0, 0, 61, 50)], (50, 61), sliced())
+    assert plan.boxes == (Box(-2, -3, 62, 53),)
     assert plan.padding == (3, 3, 2, 1)
 
 
 def test_the_largest_hole_sets_the_size_and_no_hole_gives_the_centre() -> None:
-    holes = [Box(0, 0, 40, 8), None, Box(90, 60, 96, 84)]
+    holes = [Box(0, 0, 8, 40), None, Box(60, 90, 84, 96)]
     plan = region_plan.plan(holes, (100, 100), sliced())
-    assert plan.boxes == (Box(0, 0, 40, 24), Box(30, 38, 70, 62), Box(60, 60, 100, 84))
-    assert region_plan.plan([None, None], (96, 64), sliced(min_side=16)).boxes == (Box(0, 0, 96, 64),) * 2
+    assert plan.boxes == (Box(0, 0, 24, 40), Box(38, 30, 62, 70), Box(60, 60, 84, 100))
+    assert region_plan.plan([None, None], (96, 64), sliced(min_side=16)).boxes == (Box(0, 0, 64, 96),) * 2
 
 
 def test_the_sides_are_rounded_to_the_nearest_multiple_at_the_native_area() -> None:
     # 1000 x 1100 at the area of 1024 squared: 976.3 x 1074.0.
-    plan = region_plan.plan([Box(0, 0, 1000, 1100)], (8192, 8192), sliced(native_size=1024))
+    plan = region_plan.plan([Box(0, 0, 1100, 1000)], (8192, 8192), sliced(native_size=1024))
     assert plan.size == (976, 1072)
 
 
@@ -231,7 +231,7 @@ def test_the_sides_are_rounded_to_the_nearest_multiple_at_the_native_area() -> N
 def test_a_forced_size_is_met_without_distortion(
     hole: tuple[int, int], limit: float, box: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    where = Box(2000, 3000, 2000 + hole[0], 3000 + hole[1])
+    where = Box(3000, 2000, 3000 + hole[1], 2000 + hole[0])
     plan = region_plan.plan([where], (8192, 16384), sliced(forced_size=size, max_upscale=limit, min_side=64))
     assert plan.box_size == box and plan.size == size
 
@@ -280,9 +280,9 @@ def test_a_setting_out_of_range_is_refused_by_name(name: str, value: Any, need: 
     [
         ([], (8, 8)),
         ([None], (0, 8)),
-        ([Box(0, 0, 9, 8)], (8, 8)),
-        ([Box(-1, 0, 4, 8)], (8, 8)),
-        ([Box(4, 4, 4, 8)], (8, 8)),
+        ([Box(0, 0, 8, 9)], (8, 8)),
+        ([Box(0, -1, 8, 4)], (8, 8)),
+        ([Box(4, 4, 8, 4)], (8, 8)),
     ],
 )
 def test_boxes_that_fit_no_picture_are_refused(boxes: Any, size: tuple[int, int]) -> None:

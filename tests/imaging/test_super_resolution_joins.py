@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.workplaces import FACTORS, hole_of, place_of, random_pictures, scaled
 
 large = pack_module("imaging.super_resolution")
@@ -29,13 +29,13 @@ def joins(draw: st.DrawFn) -> Any:
     needed = noise < draw(st.sampled_from([0.005, 0.1, 1.1]))
     top, left = draw(st.integers(-9, 99)), draw(st.integers(-9, 99))
     place = place_of(
-        Box(top, left, top + size[0], left + size[1]), draw(st.sampled_from(FACTORS)), side, overlap, needed
+        Box(left, top, left + size[1], top + size[0]), draw(st.sampled_from(FACTORS)), side, overlap, needed
     )
     return place, draw(st.sampled_from([1, place.factor]))
 
 
 def at(tile: Any, scale: int) -> tuple[slice, slice, slice]:
-    rows, columns = (slice(scale * start, scale * stop) for start, stop in (tile[::2], tile[1::2]))
+    rows, columns = (slice(scale * start, scale * stop) for start, stop in (tile[1::2], tile[::2]))
     return slice(None), rows, columns
 
 
@@ -77,7 +77,7 @@ def test_tiles_are_mixed_by_their_weights(job: Any) -> None:
 @pytest.mark.parametrize("scale", [1, 4])
 @pytest.mark.parametrize(("side", "overlap"), [(32, 8), (32, 16), (16, 2), (24, 12)])
 def test_tiles_that_differ_are_joined_in_steps_too_small_for_a_seam(side: int, overlap: int, scale: int) -> None:
-    place = place_of(Box(0, 0, 80, 88), 4, side, overlap)
+    place = place_of(Box(0, 0, 88, 80), 4, side, overlap)
     parts = [torch.full((1, side * scale, side * scale, 1), float(index % 7)) for index in range(len(place.tiles))]
     joined = place.join(parts, torch.zeros(1, 80 * scale, 88 * scale, 1))
     for direction in (1, 2):
@@ -87,8 +87,8 @@ def test_tiles_that_differ_are_joined_in_steps_too_small_for_a_seam(side: int, o
 
 @pytest.mark.parametrize("scale", [1, 4])
 def test_two_tiles_are_joined_symmetrically(scale: int) -> None:
-    place = place_of(Box(0, 0, 16, 28), 4, 16, 4)
-    assert place.tiles == (Box(0, 0, 16, 16), Box(0, 12, 16, 28))
+    place = place_of(Box(0, 0, 28, 16), 4, 16, 4)
+    assert place.tiles == (Box(0, 0, 16, 16), Box(12, 0, 28, 16))
     joined = place.join(
         [torch.full((1, 16 * scale, 16 * scale, 1), value) for value in (0.0, 1.0)],
         torch.zeros(1, 16 * scale, 28 * scale, 1),
@@ -117,14 +117,14 @@ def test_otherwise_shows_bit_for_bit_even_where_it_is_no_number() -> None:
 
 
 def test_every_tile_needs_its_part() -> None:
-    place = place_of(Box(0, 0, 16, 28), 4, 16, 4)
+    place = place_of(Box(0, 0, 28, 16), 4, 16, 4)
     for count in (0, 1, 3):
         with pytest.raises(ValueError):
             place.join([torch.zeros(1, 16, 16, 1)] * count, torch.zeros(1, 16, 28, 1))
 
 
 def test_a_tile_finds_its_pixels() -> None:
-    place = place_of(Box(5, 6, 21, 34), 8, 16, 4)
+    place = place_of(Box(6, 5, 34, 21), 8, 16, 4)
     assert place.pixels(place.tiles[1]) == (slice(0, 128), slice(96, 224))
     pictures = random_pictures(1, 300, 300)
     box = place.cut(pictures)

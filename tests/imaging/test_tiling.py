@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence
 
 tiling = pack_module("imaging.tiling")
@@ -82,7 +82,7 @@ def test_the_full_layout_is_an_even_lattice_of_no_more_tiles_than_the_overlap_ne
 def check_lattice(size: tuple[int, int], side: int, overlap: int) -> None:
     boxes = tiling.tile_boxes(everywhere(size), side, overlap)
     assert {(box.height, box.width) for box in boxes} == {(min(side, size[0]), min(side, size[1]))}
-    tops, lefts = (sorted({box[axis] for box in boxes}) for axis in (0, 1))
+    tops, lefts = (sorted({box[side] for box in boxes}) for side in (1, 0))
     # Reading order, each place once.
     assert [(box.top, box.left) for box in boxes] == [(top, left) for top in tops for left in lefts]
     for starts, length in ((tops, size[0]), (lefts, size[1])):
@@ -96,16 +96,16 @@ def check_lattice(size: tuple[int, int], side: int, overlap: int) -> None:
 
 
 def test_layouts_drawn_by_hand() -> None:
-    assert tiling.tile_boxes(everywhere((5, 20)), 8, 2) == [Box(0, 0, 5, 8), Box(0, 6, 5, 14), Box(0, 12, 5, 20)]
+    assert tiling.tile_boxes(everywhere((5, 20)), 8, 2) == [Box(0, 0, 8, 5), Box(6, 0, 14, 5), Box(12, 0, 20, 5)]
     assert tiling.tile_boxes(everywhere((5, 21)), 8, 2) == [
-        Box(0, left, 5, left + 8) for left in (0, 4, 9, 13)
+        Box(left, 0, left + 8, 5) for left in (0, 4, 9, 13)
     ]  # 13 cells to go in three steps
-    assert tiling.tile_boxes(everywhere((16, 8)), 8, 0) == [Box(0, 0, 8, 8), Box(8, 0, 16, 8)]
+    assert tiling.tile_boxes(everywhere((16, 8)), 8, 0) == [Box(0, 0, 8, 8), Box(0, 8, 8, 16)]
     needed = torch.zeros(16, 24, dtype=torch.bool)
     needed[8, 15] = True
     assert tiling.tile_boxes(needed, 8, 0) == [Box(8, 8, 16, 16)]
     needed[7, 16] = True
-    assert tiling.tile_boxes(needed, 8, 0) == [Box(0, 16, 8, 24), Box(8, 8, 16, 16)]
+    assert tiling.tile_boxes(needed, 8, 0) == [Box(16, 0, 24, 8), Box(8, 8, 16, 16)]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (40, 7)])
@@ -145,9 +145,9 @@ def test_the_weights_of_a_mirrored_tile_are_mirrored(layout: Any) -> None:
     size, side, overlap = layout
     for box in some_of(tiling.tile_boxes(everywhere(size), side, overlap)):
         weight = tiling.tile_weight(box, size, overlap)
-        upside_down = Box(size[0] - box.bottom, box.left, size[0] - box.top, box.right)
+        upside_down = Box(box.left, size[0] - box.bottom, box.right, size[0] - box.top)
         assert torch.equal(tiling.tile_weight(upside_down, size, overlap), weight.flip(0))
-        turned = Box(box.left, box.top, box.right, box.bottom)
+        turned = Box(box.top, box.left, box.bottom, box.right)
         assert torch.equal(tiling.tile_weight(turned, size[::-1], overlap), weight.T)
 
 
@@ -157,11 +157,11 @@ def largest_step(side: int, overlap: int) -> float:
 
 
 def test_the_weights_of_two_tiles_drawn_by_hand() -> None:
-    boxes = [Box(0, 0, 3, 8), Box(0, 4, 3, 12)]
+    boxes = [Box(0, 0, 8, 3), Box(4, 0, 12, 3)]
     first = tiling.tile_weight(boxes[0], (3, 12), 4)
     assert first[1].tolist() == [1.0, 1.0, 1.0, 1.0, 0.875, 0.625, 0.375, 0.125]
     assert torch.equal(tiling.tile_weight(boxes[1], (3, 12), 4), first.flip(1))
-    assert torch.equal(tiling.tile_weight(Box(0, 0, 3, 12), (3, 12), 4), torch.ones(3, 12))
+    assert torch.equal(tiling.tile_weight(Box(0, 0, 12, 3), (3, 12), 4), torch.ones(3, 12))
     # Inside of a larger grid a tile falls on all four sides.
     corner = torch.tensor([0.25, 0.75, 1.0, 1.0, 0.75, 0.25])
     assert torch.equal(tiling.tile_weight(Box(1, 1, 7, 7), (8, 8), 2), corner[:, None] * corner)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 demo_model = pack_module("weights.demo_model")
 scenes = pack_module("training.world.scenes")

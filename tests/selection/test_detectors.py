@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.random_dino import PUBLISHED, random_dino
 from truefill_testing.random_tensors import squares
 

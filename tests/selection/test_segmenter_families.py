@@ -10,7 +10,7 @@ import segment_anything
 import torch
 from safetensors.torch import save_file
 
-from truefill_testing.host import ROOT, pack_module
+from devtools.pack import ROOT, pack_module
 from truefill_testing.random_segmenters import (
     PROMPTS,
     SIDE,

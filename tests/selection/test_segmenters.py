@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.random_segmenters import PROMPTS, SIDE, Prompt, predicted, small_sam
 from truefill_testing.random_segmenters import smooth_picture as picture
 

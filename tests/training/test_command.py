@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from truefill_testing.host import ROOT
+from devtools.launch import command
 
-COMMAND = [sys.executable, "-u", str(ROOT / "training" / "demo" / "command.py"), "--device", "cpu", "--threads", "1"]
+COMMAND = command("-p", "training.demo.command", "--device", "cpu", "--threads", "1")
 TINY = ["--batch", "1", "vae"]
 
 
@@ -113,7 +113,10 @@ def test_a_device_that_is_not_there_is_named(answers):
 
 def test_a_run_that_is_told_to_end_saves_what_it_has(tmp_path):
     with subprocess.Popen(
-        [*COMMAND, "--runs", tmp_path, "--steps", "100000", *TINY], stdout=subprocess.PIPE, text=True
+        [*COMMAND, "--runs", tmp_path, "--steps", "100000", *TINY],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
     ) as process:
         assert process.stdout is not None
         try:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from devtools.pack import ensure_host, pack_module
 from truefill_testing.demo_weights import untrained_networks, write_untrained
-from truefill_testing.host import ensure_host, pack_module
 
 ensure_host()
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 attributes = pack_module("training.world.attributes")
 backgrounds = pack_module("training.world.backgrounds")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 curves = pack_module("training.curves")
 export = pack_module("training.demo.export")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truefill_testing.host import ensure_host, pack_module
+from devtools.pack import ensure_host, pack_module
 
 ensure_host()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 demo_models = pack_module("training.demo.networks")
 narrow_taesd = pack_module("training.demo.narrow_taesd")

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 attributes = pack_module("training.world.attributes")
 backgrounds = pack_module("training.world.backgrounds")

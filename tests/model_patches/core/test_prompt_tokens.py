@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from truefill_testing.host import ensure_host, pack_module
+from devtools.pack import ensure_host, pack_module
 
 ensure_host()
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from truefill_testing.host import ensure_host, pack_module
+from devtools.pack import ensure_host, pack_module
 from truefill_testing.scene import Scene, forget_models, relative_error
 from truefill_testing.small_models import small_model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.literal_sampling import PaintaSettings, training_betas
 from truefill_testing.scene import Scene, boxes, forget_models, relative_error
 

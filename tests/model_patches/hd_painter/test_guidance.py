@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import load_pack, pack_module
+from devtools.pack import load_pack, pack_module
 from truefill_testing.scene import TOKENS_KEY, Scene, boxes, forget_models, relative_error, token_set
 from truefill_testing.small_models import small_conditioning, small_model
 

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.literal_sampling import released_sigma, training_betas, true_ddim_sigma
 from truefill_testing.small_models import small_conditioning, small_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from truefill_testing.host import ensure_host, pack_module
+from devtools.pack import ensure_host, pack_module
 from truefill_testing.regions import one_sentence
 from truefill_testing.small_models import small_conditioning, small_model, small_upscaler, upscaler_conditioning
 
@@ -336,8 +336,8 @@ def test_nothing_is_left_on_the_model_after_a_run_or_an_error() -> None:
 
 def test_conditioning_for_a_part_of_the_picture_keeps_to_its_part_in_tiles() -> None:
     entry = {"area": (10, 20, 4, 6), "strength": 0.5}
-    narrowed = tiles._narrowed([entry, {}], Box(0, 16, 8, 32))
+    narrowed = tiles._narrowed([entry, {}], Box(16, 0, 32, 8))
     assert narrowed == [{"area": (4, 10, 4, 16), "strength": 0.5}, {"area": (8, 16, 0, 16)}]
-    assert tiles._narrowed([entry], Box(16, 0, 24, 16)) == []
+    assert tiles._narrowed([entry], Box(0, 16, 16, 24)) == []
     assert tiles._narrowed(None, Box(0, 0, 8, 8)) is None
     assert entry == {"area": (10, 20, 4, 6), "strength": 0.5}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.literal_pilot import PilotRun, PilotSettings, literal_pilot
 from truefill_testing.pilot_scene import CALM, HOLE, Spied, sampler, scene_of
 from truefill_testing.pilot_scene import one_thread_and_no_leftovers as one_thread_and_no_leftovers

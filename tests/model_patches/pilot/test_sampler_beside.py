@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.pilot_scene import CALM, HOLE, PILOT, Spied, pilot, sampler, scene_of
 from truefill_testing.pilot_scene import one_thread_and_no_leftovers as one_thread_and_no_leftovers
 from truefill_testing.pilot_scene import spied as spied

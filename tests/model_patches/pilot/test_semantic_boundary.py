@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.literal_boundary import known_pixels
 from truefill_testing.literal_sampling import PaintaSettings
 from truefill_testing.scene import Scene, boxes, forget_models, relative_error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from truefill_testing.host import ROOT, ensure_host
+from devtools.pack import ROOT, ensure_host
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 
 def untrained_tasks() -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.literal_sampling import alpha_bar, nearest_timestep, training_betas
 from truefill_testing.literal_unet import as_float64
 from truefill_testing.literal_upscale import Run, Unet, literal_upscale

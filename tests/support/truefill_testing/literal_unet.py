@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .host import ensure_host
+from devtools.pack import ensure_host
+
 from .literal_boundary import Boundary
 from .literal_painta import Painta, Place
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.scene import Scene, boxes, forget_models
 
 pilot = pack_module("model_patches.pilot.sampler")

@@ -17,20 +17,9 @@ from typing import Any
 
 import torch
 
+from devtools.pack import pack_module
+
 FAMILIES = ("sd15", "sd2", "sdxl", "x4")
-X4_VAE = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 128,
-    "ch_mult": [1, 2, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
-"""The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels, in its real size."""
 VOCABULARY, TOKENS = 49408, 77
 
 Fill = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]
@@ -176,8 +165,9 @@ def _vae_entries() -> Iterator[Entry]:
 def _x4_vae_entries() -> Iterator[Entry]:
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
+    full_size = pack_module("evaluation.full_size")
     with torch.device("meta"):
-        vae = AutoencoderKL(ddconfig=X4_VAE, embed_dim=4)
+        vae = AutoencoderKL(ddconfig=full_size.X4_VAE, embed_dim=4)
     for name, tensor in vae.state_dict().items():
         shape = tuple(tensor.shape)
         fill = _default_init(shape) if len(shape) > 1 else _ones if name.endswith("weight") else None

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from truefill_testing.host import ROOT
+from devtools.pack import ROOT
 from truefill_testing.random_tensors import random_tensors
 
 PUBLISHED = json.loads((ROOT / "tests" / "data" / "groundingdino_swint.json").read_text())

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from truefill_testing.host import ensure_host
+from devtools.pack import ensure_host
 from truefill_testing.random_tensors import random_tensors
 
 ensure_host()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from segment_anything import SamPredictor, modeling
 from torch import nn
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 from truefill_testing.random_tensors import random_tensors
 
 Prompt = pack_module("selection.segmenters").Prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 # The cut is exactly the hole's box, extended to whole multiples: nothing is resampled as long as native isn't exceeded.
 SLICE: dict[str, Any] = {

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .host import ensure_host
+from devtools.pack import ensure_host
+
 from .literal_sampling import Prompt, Run, literal_sample
 from .literal_unet import as_float64
 from .small_models import small_conditioning, small_model

@@ -20,7 +20,7 @@ import warnings
 
 import torch
 
-from .host import ensure_host
+from devtools.pack import ensure_host, pack_module
 
 ensure_host()
 
@@ -28,6 +28,8 @@ import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 from comfy_extras.nodes_sdupscale import SD_4XUpscale_Conditioning  # noqa: E402
+
+full_size = pack_module("evaluation.full_size")
 
 FAMILIES = ("sd15", "sd2", "sdxl")
 CONTEXT_DIM = {"sd15": 24, "sd2": 32, "sdxl": 40}
@@ -114,30 +116,11 @@ def small_model(
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def upscaler_config(model_channels: int, context_dim: int) -> dict:
-    """What the host's loader finds in x4-upscaler-ema.safetensors, where these two are 256 and 1024."""
-    return {
-        "image_size": 32,
-        "in_channels": 7,
-        "out_channels": 4,
-        "model_channels": model_channels,
-        "use_spatial_transformer": True,
-        "legacy": False,
-        "context_dim": context_dim,
-        "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": (1, 2, 2, 4),
-        "transformer_depth": [0, 0, 1, 1, 1, 1, 1, 1],
-        "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1],
-        "transformer_depth_middle": 1,
-        "use_linear_in_transformer": True,
-        "adm_in_channels": None,
-        "use_temporal_attention": False,
-    }
-
-
 def small_upscaler(dtype: torch.dtype = torch.float32, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     """A small x4 upscaler on the CPU, as the host makes it of its checkpoint."""
-    config = comfy.supported_models.SD_X4Upscaler(upscaler_config(32, UPSCALER_CONTEXT_DIM))
+    config = comfy.supported_models.SD_X4Upscaler(
+        {**full_size.X4, "model_channels": 32, "context_dim": UPSCALER_CONTEXT_DIM}
+    )
     config.set_inference_dtype(dtype, None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the host's noise schedule copies tensors with torch.tensor

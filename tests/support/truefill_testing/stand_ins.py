@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from devtools.pack import ROOT, ensure_host, pack_module
 from truefill_testing.checkpoints import checkpoint
-from truefill_testing.host import ROOT, ensure_host, pack_module
 
 CHECKPOINTS = {
     "sd-v1-5-inpainting.safetensors": ("sd15", True),

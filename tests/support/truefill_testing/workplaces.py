@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
 large = pack_module("imaging.super_resolution")
 tiling = pack_module("imaging.tiling")
@@ -108,4 +108,4 @@ def place_of(
 
 def whole(picture_size: tuple[int, int], factor: int) -> Any:
     """A workplace on all cells of a picture."""
-    return place_of(Box(0, 0, *(math.ceil(side / factor) for side in picture_size)), factor)
+    return place_of(Box(0, 0, *(math.ceil(side / factor) for side in reversed(picture_size))), factor)

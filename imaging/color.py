@@ -1,4 +1,4 @@
-"""Matches the colours of a generated fill to its surroundings.
+"""Matches the colors of a generated fill to its surroundings.
 
 Reinhard, Ashikhmin, Gooch, Shirley, "Color Transfer between Images", 2001, for the means; Pitié and Kokaram, "The Linear
 Monge-Kantorovitch Linear Colour Mapping for Example-Based Colour Transfer", 2007, for the covariances.
@@ -16,15 +16,15 @@ from .poisson import matching_batches
 MIN_PIXELS = 64
 """With fewer pixels in the band, the covariance is not trusted, and only the means are matched."""
 
-# A level of 8 bits as the least standard deviation: below it, colours differ by rounding alone.
+# A level of 8 bits as the least standard deviation: below it, colors differ by rounding alone.
 QUANTUM = 1 / 255
 
 MAX_GAIN = 4.0
-"""The most, and its inverse the least, that the covariance match stretches any direction of colour."""
+"""The most, and its inverse the least, that the covariance match stretches any direction of color."""
 
 
 @torch.no_grad()
-def match_colour(
+def match_color(
     source: torch.Tensor,
     destination: torch.Tensor,
     mask: torch.Tensor,
@@ -33,24 +33,24 @@ def match_colour(
     strength: float = 1.0,
     everywhere: bool = False,
 ) -> torch.Tensor:
-    """Shifts the colours of `source` inside the hole by what its surroundings are off from `destination`.
+    """Shifts the colors of `source` inside the hole by what its surroundings are off from `destination`.
 
-    `source` and `destination` are [B, C, H, W] in [0, 1], `mask` is [H, W], [B, H, W] or [B, 1, H, W]; a batch of 1 goes
-    with every picture. The hole is where the mask is above 0.5. `source` is a whole generated picture: it shows the
-    known content outside of the hole too, in its own tone. Statistics come from the band alone: the known pixels no
-    farther than `band` pixels (Euclidean, centre to centre) from the nearest pixel of the hole. The map that takes the
-    source's statistics there to the destination's is applied to the source inside the hole:
+    `source` and `destination` are [B, C, H, W] in [0, 1], `mask` is as for `as_mask_batch`; a batch of 1 goes with every
+    picture. The hole is all of the mask above its noise, however grey. `source` is a whole generated picture: it shows the
+    known content outside of the hole too, in its own tone. Statistics come from the band alone: the known pixels no farther
+    than `band` pixels (Euclidean, centre to centre) from the nearest pixel of the hole. The map that takes the source's
+    statistics there to the destination's is applied to the source inside the hole:
 
     - "mean": x + mean_d - mean_s, for each channel;
     - "covariance": T (x - mean_s) + mean_d with T = S^-1/2 (S^1/2 D S^1/2)^1/2 S^-1/2, the linear optimal transport
       between Gaussians of covariance S (source) and D (destination). One level of 8 bits is added to both as a least
-      deviation, and T stretches by 1/4 to 4 (MAX_GAIN), so that flat colours do not turn noise into contrast. A band of
+      deviation, and T stretches by 1/4 to 4 (MAX_GAIN), so that flat colors do not turn noise into contrast. A band of
       fewer than 64 (MIN_PIXELS) pixels matches the means only.
 
     `strength` from 0 to 1 goes from the source to the full match. `everywhere` maps the whole source, also outside of the
     hole, for a blend that looks at both sides of the edge.
 
-    Returns [B, C, H, W] in the source's dtype and on the destination's device: inside the hole the matched colours,
+    Returns [B, C, H, W] in the source's dtype and on the destination's device: inside the hole the matched colors,
     clamped to [0, 1], outside the source bit for bit. The source comes back unchanged at strength 0, where there is no
     hole, where the hole covers the whole picture, and where source and destination are equal in the band (a source that
     was composited already has nothing to tell). The inputs are not changed.
@@ -59,11 +59,11 @@ def match_colour(
     NaN or infinite pixels in the band.
     """
     if band < 1 or band != int(band):
-        raise ValueError(f"The band must be a whole number of pixels, at least 1; it is {band}.")
+        raise ValueError(f"The band is {band}, but must be a whole number of pixels, 1 or more.")
     if mode not in ("mean", "covariance"):
-        raise ValueError(f"The mode of colour matching must be 'mean' or 'covariance'; it is '{mode}'.")
+        raise ValueError(f"The mode of color matching must be 'mean' or 'covariance'; it is '{mode}'.")
     if not 0 <= strength <= 1:
-        raise ValueError(f"The strength of colour matching must be from 0 to 1; it is {strength}.")
+        raise ValueError(f"The strength of color matching must be from 0 to 1; it is {strength}.")
     source, destination, hole = matching_batches(source, destination, mask)
     result = source.clone()
     if strength == 0:

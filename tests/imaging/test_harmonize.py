@@ -1,19 +1,19 @@
-"""Harmonising: the tone shift goes, the picture outside of the mask stays."""
+"""Harmonizing: the tone shift goes, the picture outside of the mask stays."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from truefill_testing.host import pack_module
+from devtools.pack import pack_module
 
-harmonising = pack_module("imaging.harmonise")
+harmonizing = pack_module("imaging.harmonize")
 masks = pack_module("imaging.masks")
-MODES = ("off", "colour", "poisson", "both")
+MODES = ("off", "color", "poisson", "both")
 
 
-def harmonise(source, destination, mask, mode="both", colour="mean"):
-    return harmonising.harmonise(source, destination, mask, harmonising.Harmony(mode, colour))
+def harmonize(source, destination, mask, mode="both", color="mean"):
+    return harmonizing.harmonize(source, destination, mask, harmonizing.Harmony(mode, color))
 
 
 def scene(size: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,42 +30,42 @@ def scene(size: int = 48) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_picture_stays_where_the_mask_is_0(mode):
     picture, made, hole = scene()
     soft = pack_module("imaging.morphology").feather(hole, 6, "outside", "smooth")
-    result = harmonise(made + 0.1, picture, soft, mode)
+    result = harmonize(made + 0.1, picture, soft, mode)
     known = (soft == 0).expand_as(picture)
     assert torch.equal(result[known], picture[known])
     assert not torch.equal(result[~known], picture[~known])
-    assert torch.equal(harmonise(made, picture, torch.zeros_like(hole), mode), picture)
+    assert torch.equal(harmonize(made, picture, torch.zeros_like(hole), mode), picture)
 
 
-@pytest.mark.parametrize("mode", ["colour", "poisson", "both"])
+@pytest.mark.parametrize("mode", ["color", "poisson", "both"])
 def test_a_shift_of_tone_vanishes(mode):
     picture, made, hole = scene()
     shift = torch.tensor([0.1, -0.05, 0.08])[:, None, None]
-    result = harmonise(made + shift, picture, hole, mode)
+    result = harmonize(made + shift, picture, hole, mode)
     torch.testing.assert_close(result, made, atol=1.5e-3, rtol=0)
-    assert (harmonise(made + shift, picture, hole, "off") - made).abs().max() > 0.09
+    assert (harmonize(made + shift, picture, hole, "off") - made).abs().max() > 0.09
 
 
 def test_a_shift_of_contrast_needs_the_covariance():
     picture, made, hole = scene(96)
     flat = 0.45 + 0.5 * (made - 0.45)
     inside = (hole > 0).expand_as(picture)
-    mean, both = (harmonise(flat, picture, hole, "both", colour) for colour in ("mean", "covariance"))
+    mean, both = (harmonize(flat, picture, hole, "both", color) for color in ("mean", "covariance"))
     assert (both - made)[inside].abs().mean() < 0.3 * (mean - made)[inside].abs().mean()
 
 
-def test_both_matches_colours_on_both_sides_of_the_edge():
+def test_both_matches_colors_on_both_sides_of_the_edge():
     """Poisson blending takes its gradients across the edge from the matched picture, so it has nothing left to do."""
     picture, made, hole = scene()
     shift = torch.tensor([0.1, -0.05, 0.08])[:, None, None]
-    colour = harmonise(made + shift, picture, hole, "colour")
-    torch.testing.assert_close(harmonise(made + shift, picture, hole, "both"), colour, atol=2e-3, rtol=0)
+    color = harmonize(made + shift, picture, hole, "color")
+    torch.testing.assert_close(harmonize(made + shift, picture, hole, "both"), color, atol=2e-3, rtol=0)
 
 
 def test_grey_values_blend_the_outcome():
     picture, made, hole = scene()
-    half = harmonise(made + 0.1, picture, 0.25 * hole, "poisson")
-    full = harmonise(made + 0.1, picture, hole, "poisson")
+    half = harmonize(made + 0.1, picture, 0.25 * hole, "poisson")
+    full = harmonize(made + 0.1, picture, hole, "poisson")
     torch.testing.assert_close(half, torch.lerp(picture, full, 0.25 * hole))
 
 
@@ -73,17 +73,17 @@ def test_one_picture_serves_a_batch_and_nothing_is_changed():
     picture, made, hole = scene()
     several = torch.cat([made, made + 0.1, 1 - made])
     before = several.clone(), picture.clone(), hole.clone()
-    together = harmonise(several, picture, hole)
+    together = harmonize(several, picture, hole)
     assert together.shape == several.shape
     for index in range(3):
-        alone = harmonise(several[index : index + 1], picture, hole)
+        alone = harmonize(several[index : index + 1], picture, hole)
         torch.testing.assert_close(together[index : index + 1], alone, atol=1e-3, rtol=0)
     assert all(torch.equal(*pair) for pair in zip(before, (several, picture, hole), strict=True))
 
 
 def test_an_unknown_mode_is_named():
-    with pytest.raises(ValueError, match="harmonise 'magic'; choose one of off, colour, poisson, both"):
-        harmonising.Harmony("magic")
+    with pytest.raises(ValueError, match="harmonize 'magic'; choose one of off, color, poisson, both"):
+        harmonizing.Harmony("magic")
 
 
 @pytest.mark.parametrize("size", [(7, 5), (48, 31), (200, 96)])
