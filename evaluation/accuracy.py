@@ -20,8 +20,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_extras.nodes_mask import composite
 
-from ..model_patches.core.guidance import with_boundary, with_painta, with_rasg
+from ..model_patches.core.diffusion import Sampling
 from ..model_patches.core.prompt_tokens import encode_prompt
+from ..model_patches.core.sampling_run import with_method
 from ..model_patches.hd_painter.painta import PAIntA
 from ..model_patches.hd_painter.rasg import RASG
 from ..model_patches.pilot.sampler import PILOT, pilot_sampler
@@ -58,14 +59,11 @@ coherence scale, and ways to make fewer passes: two iterations, at 2.5 times the
 known latents blended in at the end as well. As released it is meant for 100 steps."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The KSampler's settings."""
+@dataclass(frozen=True, kw_only=True)
+class KSampling(Sampling):
+    """The KSampler's settings; the seed is the triplet's."""
 
-    steps: int = 20
-    cfg: float = 7.5
     sampler: str = "euler"
-    scheduler: str = "normal"
 
 
 @dataclass(frozen=True)
@@ -133,11 +131,11 @@ class Models:
 def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
     """A MODEL with a method's patches."""
     if method.painta:
-        model = with_painta(model, PAIntA())
+        model = with_method(model, PAIntA())
     if method.eta is not None:
-        model = with_rasg(model, RASG(eta=method.eta))
+        model = with_method(model, RASG(eta=method.eta))
     if method.boundary:
-        model = with_boundary(model, SemanticBoundary())
+        model = with_method(model, SemanticBoundary())
     return model
 
 
@@ -175,7 +173,7 @@ def prepare(models: Models, model: str, triplet: Triplet) -> Task:
     return Task(triplet, model, pixels, hole, conditions, time.perf_counter() - started)
 
 
-def make(models: Models, method: Method, task: Task, seed: int, sampling: Sampling) -> torch.Tensor:
+def make(models: Models, method: Method, task: Task, seed: int, sampling: KSampling) -> torch.Tensor:
     """What the model draws, [1, H, W, 3], for a triplet that was prepared for the method's model: the background too."""
     model, _, vae = models[method.model]
     with torch.inference_mode():
@@ -195,7 +193,7 @@ def make(models: Models, method: Method, task: Task, seed: int, sampling: Sampli
         return vae.decode(latent["samples"]).float().cpu()
 
 
-def _sample_pilot(model: ModelPatcher, settings: PILOT, task: Task, seed: int, sampling: Sampling) -> dict[str, Any]:
+def _sample_pilot(model: ModelPatcher, settings: PILOT, task: Task, seed: int, sampling: KSampling) -> dict[str, Any]:
     positive, negative, latent = task.conditions
     model_sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(model_sampling, sampling.scheduler, sampling.steps)
@@ -220,13 +218,13 @@ def finish(task: Task, made: torch.Tensor) -> torch.Tensor:
     return composite(task.pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, task.hole, 1).movedim(1, -1)
 
 
-def fill(models: Models, method: Method, task: Task, seed: int, sampling: Sampling) -> torch.Tensor:
+def fill(models: Models, method: Method, task: Task, seed: int, sampling: KSampling) -> torch.Tensor:
     """The finished picture [1, H, W, 3] of a triplet that was prepared for the method's model."""
     return finish(task, make(models, method, task, seed, sampling))
 
 
 def attempt(
-    models: Models, method: Method, task: Task, index: int, sampling: Sampling, judge: Judge
+    models: Models, method: Method, task: Task, index: int, sampling: KSampling, judge: Judge
 ) -> tuple[Outcome, torch.Tensor]:
     """Fill a triplet and judge the picture [1, H, W, 3]. The noise depends on its index alone."""
     started = time.perf_counter()
@@ -268,7 +266,7 @@ def make_caption(split: str, index: int) -> Caption:
     return Caption(f"{local_caption(shape, colour, pattern)} {PHRASES[background][0]}", shape, colour, pattern)
 
 
-def draw(models: Models, caption: str, seed: int, sampling: Sampling) -> torch.Tensor:
+def draw(models: Models, caption: str, seed: int, sampling: KSampling) -> torch.Tensor:
     """A picture [1, 256, 256, 3] by the text-to-image demo model."""
     model, clip, vae = models["4-channel"]
     latent = {"samples": torch.zeros(1, 4, 32, 32)}
@@ -288,7 +286,7 @@ def draw(models: Models, caption: str, seed: int, sampling: Sampling) -> torch.T
 
 
 def attempt_caption(
-    models: Models, split: str, index: int, sampling: Sampling, judge: Judge
+    models: Models, split: str, index: int, sampling: KSampling, judge: Judge
 ) -> tuple[Outcome, torch.Tensor]:
     """Draw one caption of a split and judge the picture."""
     caption = make_caption(split, index)

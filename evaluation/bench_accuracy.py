@@ -150,7 +150,7 @@ def work(options: argparse.Namespace) -> None:
     share, shares, folder = options.share.split("/", 2)
     judge = Judge(options.weights)
     models = accuracy.Models(options.weights)
-    sampling = accuracy.Sampling(steps=options.steps, cfg=options.cfg)
+    sampling = accuracy.KSampling(steps=options.steps, cfg=options.cfg)
     rows = tasks(options)
     done = {(outcome["row"], outcome["index"]) for outcome in kept(options, rows)}
     for place, index in enumerate(numbers(options)):

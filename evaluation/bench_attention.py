@@ -25,7 +25,7 @@ import comfy.samplers
 import torch
 
 from ..imaging.masks import hole_cells
-from ..model_patches.core import guidance
+from ..model_patches.core.sampling_run import with_method
 from ..model_patches.core.unet_attention import transformer_places
 from ..model_patches.hd_painter.painta import PAIntA, prompt_relevance
 from ..model_patches.hd_painter.rasg import RASG, attention_score
@@ -104,10 +104,10 @@ def literal_rasg_step(model: Any, scene: Any) -> None:
 
 
 def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], None]]:
-    painta = guidance.with_painta(model, PAIntA())
-    boundary = guidance.with_boundary(model, SemanticBoundary())
-    rasg = guidance.with_rasg(model, RASG())
-    both = guidance.with_rasg(painta, RASG())
+    painta = with_method(model, PAIntA())
+    boundary = with_method(model, SemanticBoundary())
+    rasg = with_method(model, RASG())
+    both = with_method(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
         "plain": lambda: scene.sample(model, EULER),
         "PAIntA": lambda: scene.sample(painta, EULER),

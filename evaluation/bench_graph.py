@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..model_patches.core import call_rows
 from ..model_patches.core import unet_attention as unets
 from ..model_patches.core.prompt_tokens import PromptTokens
+from ..model_patches.core.protocol import UNetCall
 from ..model_patches.pilot import sampler as pilot
 from ..model_patches.pilot import semantic_centralisation as centralisation
 from . import full_size
@@ -51,23 +52,24 @@ def kept(unet: UNetModel, config: dict[str, Any], cells: int) -> float:
     hole[..., cells // 4 : cells // 2, cells // 4 : cells // 2] = 1.0
     tokens = torch.zeros(1, 77, dtype=torch.bool)
     tokens[0, 1:6] = True
-    options: dict[str, Any] = {}
-    reader = centralisation.Centralisation(hole)
-    reader.install(
-        options, unets.transformer_places(unet), [call_rows.Chunk(True, PromptTokens(tokens, torch.zeros_like(tokens)))]
+    dtype, adm = unet.dtype, config["adm_in_channels"]
+    call = UNetCall(
+        unet=unet,
+        places=unets.transformer_places(unet),
+        rows=(call_rows.PromptRows(True, PromptTokens(tokens, torch.zeros_like(tokens))),),
+        sigma=1.0,
+        x=torch.randn(1, 4, cells, cells, dtype=dtype).requires_grad_(),
+        timesteps=torch.tensor([500.0]),
+        context=torch.randn(1, 77, config["context_dim"], dtype=dtype),
+        y=None if adm is None else torch.randn(1, adm, dtype=dtype),
+        control=None,
+        options={},
+        keywords={},
+        others_write=False,
     )
-    unets.use_differentiable_attention(options)
-    dtype = unet.dtype
-    x = torch.randn(1, 4, cells, cells, dtype=dtype).requires_grad_()
-    adm = config["adm_in_channels"]
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        unet(
-            x,
-            torch.tensor([500.0]),
-            torch.randn(1, 77, config["context_dim"], dtype=dtype),
-            y=None if adm is None else torch.randn(1, adm, dtype=dtype),
-            transformer_options=options,
-        )
+    reader = centralisation.Centralisation(hole)
+    with reader.edit(call), saved_tensors_hooks(count, lambda tensor: tensor):
+        unet(call.x, call.timesteps, call.context, y=call.y, transformer_options=call.options)
     return sum(found.values()) / dtype.itemsize / cells**2
 
 

@@ -193,7 +193,8 @@ def upscaler_memory(tiles: tuple[int, ...] = (512, 768, 1024, 2048)) -> list[dic
     unet = comfy.model_patcher.ModelPatcher(config.get_model({}, device=torch.device("meta")), cpu, cpu)
     network = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=X4_VAE, embed_dim=4)
     vae = comfy.sd.VAE(sd=network.state_dict(), dtype=torch.float16)
-    engine = super_resolution.X4(super_resolution.Diffusion(unet, None, None, vae), super_resolution.Sampling())
+    diffusion = super_resolution.Diffusion(model=unet, positive=None, negative=None, vae=vae)
+    engine = super_resolution.X4(diffusion, super_resolution.UpscaleSampling())
     rows = []
     for side in tiles:
         sampling, decoding = engine.memory(side // engine.factor, side // engine.factor)

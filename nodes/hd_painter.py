@@ -7,11 +7,11 @@ from ..imaging.harmonize import ColorMode, Harmony, Mode
 from ..imaging.masks import log_noise, resize_mask
 from ..imaging.super_resolution import widened
 from ..model_patches.core.diffusion import Diffusion
-from ..model_patches.core.guidance import with_painta, with_rasg
+from ..model_patches.core.sampling_run import with_method
 from ..model_patches.hd_painter.known_blending import with_known
 from ..model_patches.hd_painter.painta import PAIntA
 from ..model_patches.hd_painter.rasg import RASG
-from ..model_patches.hd_painter.super_resolution import MAX_NOISE_LEVEL, Layout, Sampling, upscale_hole
+from ..model_patches.hd_painter.super_resolution import MAX_NOISE_LEVEL, Layout, UpscaleSampling, upscale_hole
 from .announce import announcer
 from .schema import (
     cfg_input,
@@ -77,7 +77,10 @@ class TrueFillPAIntA(io.ComfyNode):
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
-        return io.NodeOutput(with_painta(model, PAIntA(strength, start_percent, end_percent, smooth, mask)))
+        settings = PAIntA(
+            strength=strength, start_percent=start_percent, end_percent=end_percent, smooth=smooth, mask=mask
+        )
+        return io.NodeOutput(with_method(model, settings))
 
 
 class TrueFillRASG(io.ComfyNode):
@@ -147,7 +150,10 @@ class TrueFillRASG(io.ComfyNode):
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
-        return io.NodeOutput(with_rasg(model, RASG(eta, strength, start_percent, end_percent, sigma, mask)))
+        settings = RASG(
+            strength=strength, start_percent=start_percent, end_percent=end_percent, eta=eta, sigma=sigma, mask=mask
+        )
+        return io.NodeOutput(with_method(model, settings))
 
 
 class TrueFillUpscale(io.ComfyNode):
@@ -287,7 +293,7 @@ class TrueFillUpscale(io.ComfyNode):
         parts = {"model": model, "positive": positive, "negative": negative, "vae": vae}
         missing = [name for name, part in parts.items() if part is None]
         if not missing:
-            diffusion = Diffusion(model, positive, negative, vae)
+            diffusion = Diffusion(model=model, positive=positive, negative=negative, vae=vae)
         elif len(missing) < len(parts):
             raise ValueError(
                 f"Upscale has no {' and no '.join(missing)}: a model needs all four of model, positive, negative and vae, and "
@@ -302,8 +308,16 @@ class TrueFillUpscale(io.ComfyNode):
             mask,
             diffusion,
             upscale_model,
-            Sampling(seed, steps, cfg, sampler_name, scheduler, noise_level, denoise),
-            Layout(tile, overlap, expand),
+            UpscaleSampling(
+                seed=seed,
+                steps=steps,
+                cfg=cfg,
+                scheduler=scheduler,
+                sampler_name=sampler_name,
+                noise_level=noise_level,
+                denoise=denoise,
+            ),
+            Layout(tile=tile, overlap=overlap, expand=expand),
             Harmony(mode=harmonize, color=color, band=band, mixed=mixed_gradients),
             announcer(cls.hidden.unique_id),
         )

@@ -6,9 +6,9 @@ from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
-from ..model_patches.core.diffusion import Diffusion
-from ..model_patches.core.guidance import with_boundary
-from ..model_patches.pilot.inpaint import Sampling, inpaint
+from ..model_patches.core.diffusion import Diffusion, Sampling
+from ..model_patches.core.sampling_run import with_method
+from ..model_patches.pilot.inpaint import inpaint
 from ..model_patches.pilot.sampler import PILOT, Memory, pilot_sampler
 from ..model_patches.pilot.semantic_boundary import SemanticBoundary
 from .announce import announcer
@@ -73,7 +73,8 @@ class TrueFillSemanticBoundary(io.ComfyNode):
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
-        return io.NodeOutput(with_boundary(model, SemanticBoundary(strength, start_percent, end_percent, mask)))
+        settings = SemanticBoundary(strength=strength, start_percent=start_percent, end_percent=end_percent, mask=mask)
+        return io.NodeOutput(with_method(model, settings))
 
 
 def _pilot_inputs() -> list[io.Input]:
@@ -172,16 +173,16 @@ def _pilot(
     mask: io.Mask.Type | None = None,
 ) -> PILOT:
     return PILOT(
-        _COHERENCE.get(preset, coherence),
-        interval,
-        iterations,
-        learning_rate,
-        first_rate,
-        momentum,
-        coefficient,
-        boundary,
-        memory,
-        mask,
+        gamma=_COHERENCE.get(preset, coherence),
+        interval=interval,
+        iterations=iterations,
+        learning_rate=learning_rate,
+        first_learning_rate=first_rate,
+        momentum=momentum,
+        coefficient=coefficient,
+        boundary=boundary,
+        memory=memory,
+        mask=mask,
     )
 
 
@@ -277,8 +278,8 @@ class TrueFillPILOT(io.ComfyNode):
         latent, pictures = inpaint(
             image,
             mask,
-            Diffusion(model, positive, negative, vae),
-            Sampling(seed, steps, cfg, scheduler),
+            Diffusion(model=model, positive=positive, negative=negative, vae=vae),
+            Sampling(seed=seed, steps=steps, cfg=cfg, scheduler=scheduler),
             _pilot(**method),
             feather,
             announcer(cls.hidden.unique_id),

@@ -1,26 +1,30 @@
 """What the rows of a model call are: the host batches several conditionings, in any order, into one call.
 
-A `ChunkCond` rides along with each conditioning through the host's own batching and area cropping, so that the call
-itself receives, for each chunk of its rows, the role, the token set and the area that belong to them.
+A `RowsCond` rides along with each conditioning through the host's own batching and area cropping, so that the call itself
+receives, for each group of its rows, the role, the tokens and the area that belong to them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from .prompt_tokens import PromptTokens
+from .prompt_tokens import PromptTokens, prompt_tokens
 
-CHUNKS_KEY = "truefill_chunks"
-"""Name of the keyword argument under which a model call receives its tuple of `Chunk`."""
+ROWS_KEY = "truefill_rows"
+"""Name of the keyword argument under which a model call receives its tuple of `PromptRows`."""
 
 Area = tuple[int, ...]
 
+Conds = list[list[dict[str, Any]] | None]
+"""What the host evaluates at once: the conditioning entries of each role (positive, negative ...); None is left out."""
+
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
+class PromptRows:
     """The rows of a model call that come from one conditioning entry: one row for each picture of the batch."""
 
     conditional: bool
@@ -37,26 +41,62 @@ class Chunk:
         return latent[:, :, top : top + height, left : left + width]
 
 
-class ChunkCond:
-    """A host conditioning value (see the host's `comfy.conds`) whose batched form is a tuple of `Chunk`."""
+class RowsCond:
+    """A host conditioning value (see the host's `comfy.conds`) whose batched form is a tuple of `PromptRows`."""
 
-    def __init__(self, chunk: Chunk, latent_size: tuple[int, int]):
-        self.chunk = chunk
+    def __init__(self, rows: PromptRows, latent_size: tuple[int, int]):
+        self.rows = rows
         self._latent_size = latent_size
 
-    def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **kwargs: object) -> ChunkCond:
+    def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **kwargs: object) -> RowsCond:
         cut = None if area is None or tuple(area) == (*self._latent_size, 0, 0) else tuple(area)
-        return ChunkCond(replace(self.chunk, area=cut), self._latent_size)
+        return RowsCond(replace(self.rows, area=cut), self._latent_size)
 
-    def can_concat(self, other: ChunkCond) -> bool:
+    def can_concat(self, other: RowsCond) -> bool:
         return True
 
-    def concat(self, others: Sequence[ChunkCond]) -> tuple[Chunk, ...]:
-        return (self.chunk, *(other.chunk for other in others))
+    def concat(self, others: Sequence[RowsCond]) -> tuple[PromptRows, ...]:
+        return (self.rows, *(other.rows for other in others))
 
     def size(self) -> list[int]:
         """Its share in the host's memory estimate: none."""
         return [1]
+
+
+def with_rows(role: str, entry: dict[str, Any], latent_size: tuple[int, int]) -> dict[str, Any]:
+    """A copy of a guider's conditioning entry that says in each call which rows are its own; the entry itself without text.
+
+    `role` is the guider's name for it ("positive", "negative" ...), `latent_size` (height, width) in cells.
+    """
+    text = entry["model_conds"].get("c_crossattn")
+    if text is None:
+        return entry
+    with torch.inference_mode(False):
+        rows = PromptRows(role != "negative", prompt_tokens(entry, text.cond))
+    return {**entry, "model_conds": {**entry["model_conds"], ROWS_KEY: RowsCond(rows, latent_size)}}
+
+
+def by_role(conds: Conds) -> tuple[Conds | None, Conds | None]:
+    """`conds` without the negative prompts', and the negative prompts' alone; None where nothing is left of them."""
+    negative = [any(_is_negative(entry) for entry in entries or ()) for entries in conds]
+    positives = [None if skip else entries for skip, entries in zip(negative, conds, strict=True)]
+    negatives = [entries if take else None for take, entries in zip(negative, conds, strict=True)]
+    return positives if any(positives) else None, negatives if any(negatives) else None
+
+
+def joined(
+    positives: Sequence[torch.Tensor], negatives: Sequence[torch.Tensor], of_negatives: Conds
+) -> list[torch.Tensor]:
+    """The answers to the two halves of `by_role` as one list; `of_negatives` is the second half."""
+    return [
+        first if entries is None else second
+        for first, second, entries in zip(positives, negatives, of_negatives, strict=True)
+    ]
+
+
+def _is_negative(entry: dict[str, Any]) -> bool:
+    cond = entry["model_conds"].get(ROWS_KEY)
+    return cond is None or not cond.rows.conditional
 
 
 def repeat_to_batch(tensor: torch.Tensor, batch: int) -> torch.Tensor:

@@ -1,225 +1,303 @@
-"""One run of a sampler with the methods of step 4: what its model calls need to know, and what they tell each other."""
+"""One run of a sampler, and the methods that are its guests.
+
+A node only leaves settings on a clone of the model, and one keyed wrapper around the sampler. All the rest is put into the
+options of a single run, when it is known what else is on the model, and is gone with that run, also after an error or an
+interrupt. Any number of methods, in any order of their nodes, next to other packs' patches.
+"""
 
 from __future__ import annotations
 
+import copy
 import functools
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
-from comfy.k_diffusion.sampling import default_noise_sampler
-from comfy.model_management import OOM_EXCEPTION, soft_empty_cache
+from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
-from ..hd_painter import stochastic_samplers as stochastic
-from ..hd_painter.painta import NeedsConditionalRows, PAIntA, PAIntACall, PAIntAState
-from ..hd_painter.rasg import RASG, RASGCall, normalized
-from ..pilot.semantic_boundary import BoundaryCall, BoundaryState, SemanticBoundary
-from .autograd import as_ordinary, make_weights_ordinary, saving_copies
-from .call_rows import CHUNKS_KEY, Chunk, ChunkCond
-from .prompt_tokens import prompt_tokens
-from .unet_attention import TransformerPlace, transformer_places, use_differentiable_attention
+from ...imaging.masks import as_mask_batch
+from .autograd import make_weights_ordinary
+from .call_rows import ROWS_KEY, Conds, PromptRows, with_rows
+from .holes import hole_on_latent
+from .protocol import Method, MethodRun, UNetCall
+from .unet_attention import TransformerPlace, transformer_places
 
 KEY = "TrueFill"
-"""Key of our wrappers, and of the nodes' settings in `model_options`."""
+"""Key of our wrappers, and of the methods' settings (by name) in `model_options`."""
 
-Method = TypeVar("Method", PAIntA, RASG, SemanticBoundary)
-
-
-@dataclass(frozen=True, eq=False)
-class Acting(Generic[Method]):
-    """A method that acts in a run: its settings, and the hole [B, 1, h, w] on the latent grid."""
-
-    settings: Method
-    hole: torch.Tensor
+_RUN = "TrueFill run"
+"""Where the options of a run have its `SamplingRun`."""
 
 
-class Reader(Protocol):
-    """What reads the attention of the calls whose graph is recorded (see `GuidedRun.read_by`)."""
+def with_method(model: ModelPatcher, settings: Method) -> ModelPatcher:
+    """Returns a clone of `model` that samples with a method; it replaces one of the same name. Strength 0 takes that one off.
 
-    def install(
-        self, transformer_options: dict[str, Any], places: Sequence[TransformerPlace], chunks: Sequence[Chunk]
-    ) -> None:
-        """Adds its patches to the options of one call of the UNet."""
+    Raises ValueError for a model that the method can't act on, and for a mask that is none.
+    """
+    settings.check(model)
+    if settings.mask is not None:
+        settings = replace(settings, mask=as_mask_batch(settings.mask))
+    acts = settings.strength != 0
+    # Weights that the host may evict between the forward and the backward pass cannot be differentiated through.
+    model = model.clone(disable_dynamic=True) if acts and settings.records_graph else model.clone()
+    options: dict[str, Any] = model.model_options
+    others = {name: other for name, other in _methods(options).items() if name != settings.name}
+    options[KEY] = {**others, settings.name: settings} if acts else others
+    model.remove_additional_models(_models_key(settings.name))
+    if acts and (networks := settings.models()):
+        model.set_additional_models(_models_key(settings.name), list(networks))
+    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
+    if options[KEY]:
+        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _sample)
+    return model
 
 
-class GuidedRun:
-    """The state of one run, and the wrappers through which the host's calls reach it."""
+def _methods(model_options: Mapping[str, Any]) -> dict[str, Method]:
+    """What the nodes have asked for. Never changed, only replaced: clones of a model share it."""
+    return model_options.get(KEY, {})
+
+
+def _models_key(name: str) -> str:
+    return f"{KEY} {name}"
+
+
+def _sample(
+    executor: Any,
+    guider: Any,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any],
+    callback: Any,
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None = None,
+    denoise_mask: torch.Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Wrapper around the host's `Sampler.sample`: one run with the methods that the model's options ask for."""
+    rest = (callback, noise, latent_image, denoise_mask, *args)
+    run = SamplingRun(guider, extra_args["model_options"], noise, latent_image, denoise_mask)
+    for settings in _methods(extra_args["model_options"]).values():
+        run.begin(settings)
+    if not run.acts:
+        return executor(guider, sigmas, extra_args, *rest, **kwargs)
+    sampler = run.sampler(executor.class_obj)
+    with run.installed():
+        # The next wrapper, or the sampler itself, with a sampler that is a changed copy of the one given.
+        following = type(executor).new_class_executor(sampler.sample, sampler, executor.wrappers, executor.idx + 1)
+        return following.execute(guider, sigmas, {**extra_args, "model_options": run.options}, *rest, **kwargs)
+
+
+@contextmanager
+def running(
+    guider: Any,
+    model_options: dict[str, Any],
+    noise: torch.Tensor,
+    latent_image: torch.Tensor | None,
+    denoise_mask: torch.Tensor | None,
+) -> Iterator[SamplingRun]:
+    """For samplers that are methods themselves: the run in which the methods on the MODEL take part, or else a new one.
+
+    Within it, sample with the run's `options`.
+    """
+    run: SamplingRun | None = model_options.get(_RUN)
+    if run is not None:
+        yield run
+        return
+    run = SamplingRun(guider, model_options, noise, latent_image, denoise_mask)
+    with run.installed():
+        yield run
+
+
+class SamplingRun:
+    """The state of one run, and the wrappers through which the host's calls reach its methods."""
 
     def __init__(
         self,
-        model: Any,
-        latent: torch.Tensor,
-        painta: Acting[PAIntA] | None = None,
-        rasg: Acting[RASG] | None = None,
-        boundary: Acting[SemanticBoundary] | None = None,
+        guider: Any,
+        model_options: dict[str, Any],
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None,
+        denoise_mask: torch.Tensor | None,
     ):
-        """`model` is the host's loaded model, and what is sampled has the shape of `latent`, [B, C, h, w]."""
-        self._painta = painta and painta.settings
-        self._painta_state = painta and PAIntAState(painta.hole)
-        self._rasg = rasg and rasg.settings
-        self._rasg_hole = rasg and rasg.hole
-        self._boundary: SemanticBoundary | None = None
-        self._boundary_state: BoundaryState | None = None
-        self._batch, self._latent_size = len(latent), (latent.shape[-2], latent.shape[-1])
-        self._model_sampling = model.model_sampling
-        self._in_window: dict[PAIntA | RASG | SemanticBoundary, Callable[[float], bool]] = {
-            method.settings: _window(self._model_sampling, method.settings)
-            for method in (painta, rasg)
-            if method is not None
-        }
-        if boundary is not None:
-            self.use_boundary(boundary)
-        self._latent_channels = model.latent_format.latent_channels
-        self._sigma = 0.0
-        self._conditional_first = False
-        self._plain_without_relevance = False
-        self._gradient_due = False
-        self._recording = False
-        self._graph_on_cpu = False
-        self._gradient: torch.Tensor | None = None
+        """`guider` is the host's, with its model loaded; what is sampled has the shape of `noise`, [B, C, h, w]."""
+        self._guider = guider
+        self._noise, self._latent_image, self._denoise_mask = noise, latent_image, denoise_mask
+        self._latent_size = (noise.shape[-2], noise.shape[-1])
+        self._guests: dict[str, _Guest] = {}
+        self._places: dict[int, list[TransformerPlace]] = {}
         self._ordinary_weights: set[int] = set()
-        self._reader: Reader | None = None
-        self._open_while_reading = ExitStack()
+        self._held_edits: ExitStack | None = None
+        self.sigma = 0.0
+        """The noise level of the evaluation that is going on."""
+        self.options = model_options
+        """The model's options; within `installed` those of this run."""
 
-    def conds_with_chunks(self, conds: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-        """The guider's conditionings, each with its role and token set attached. The given ones are not changed."""
-        return {role: [self._with_chunk(role, entry) for entry in entries] for role, entries in conds.items()}
+    @property
+    def model(self) -> Any:
+        """The host's loaded model."""
+        return self._guider.inner_model
 
-    def _with_chunk(self, role: str, entry: dict[str, Any]) -> dict[str, Any]:
-        text = entry["model_conds"].get("c_crossattn")
-        if text is None:
-            return entry
-        with torch.inference_mode(False):
-            tokens = prompt_tokens(entry, text.cond)
-        chunk = Chunk(role != "negative", tokens)
-        return {**entry, "model_conds": {**entry["model_conds"], CHUNKS_KEY: ChunkCond(chunk, self._latent_size)}}
+    @property
+    def batch(self) -> int:
+        """How many pictures are sampled."""
+        return len(self._noise)
 
-    def install(self, model_options: dict[str, Any]) -> dict[str, Any]:
-        """Adds this run's wrappers to `model_options`, which must be the run's own copy."""
-        add_wrapper_with_key(
-            WrappersMP.CALC_COND_BATCH, KEY, self._calc_cond_batch, model_options, is_model_options=True
-        )
-        add_wrapper_with_key(
-            WrappersMP.DIFFUSION_MODEL, KEY, self._diffusion_model, model_options, is_model_options=True
-        )
-        return model_options
+    @property
+    def on_several_devices(self) -> bool:
+        """Whether the host evaluates positive and negative prompts side by side, on several GPUs."""
+        return "multigpu_clones" in self.options
+
+    @property
+    def acts(self) -> bool:
+        """Whether any method takes part."""
+        return bool(self._guests)
+
+    def models(self, settings: Method) -> list[ModelPatcher]:
+        """The method's further networks (`Method.models`), as the host has loaded them."""
+        return self._guider.model_patcher.get_additional_models_with_key(_models_key(settings.name))
+
+    def hole(self, mask: torch.Tensor | None, who: str) -> torch.Tensor:
+        """How much of each cell of the latent is hole, [B, 1, h, w], by `mask`, else by what latent or conditioning say.
+
+        Raises ValueError, which names `who`, where none of them has a mask.
+        """
+        return hole_on_latent(mask, self._guider, self._noise, self._denoise_mask, who)
+
+    def require_finite(self, who: str) -> None:
+        """Raises ValueError, in one sentence that begins with `who`, where the latents it starts from are not finite."""
+        entries = [entry for of_role in self._guider.conds.values() for entry in of_role]
+        given = [self._latent_image, *(entry.get("concat_latent_image") for entry in entries)]
+        if not all(bool(latent.isfinite().all()) for latent in given if latent is not None):
+            raise ValueError(
+                f"{who} was given a latent with NaN or infinite values: look at the picture that it was encoded from, and if "
+                "that is right, start ComfyUI with --fp32-vae."
+            )
+
+    def begin(self, settings: Method) -> None:
+        """Lets a method take part, unless one of its name does already, or there is no hole.
+
+        Raises ValueError, in one sentence, for a compiled model and where nobody says where the hole is.
+        """
+        refuse_compiled(self.options, settings.name)
+        if settings.name in self._guests:
+            return
+        hole = self.hole(settings.mask, settings.name)
+        guest = settings.begin(self, hole) if bool(hole.any()) else None
+        if guest is not None:
+            self._join(_Guest(settings.name, settings.order, guest, self._window(settings)))
+
+    @contextmanager
+    def with_guest(self, name: str, order: int, guest: MethodRun) -> Iterator[None]:
+        """A guest for the length of the context, at every noise level."""
+        self._join(_Guest(name, order, guest, lambda sigma: True))
+        try:
+            yield
+        finally:
+            del self._guests[name]
+
+    @contextmanager
+    def graph_recorded(self) -> Iterator[None]:
+        """For a graph through the calls within it, and its backward pass: the model's weights are such that autograd may save
+        them, and the edits of the calls stay until its end, since blocks may run again."""
+        try:
+            with ExitStack() as self._held_edits:
+                yield
+        finally:
+            self._held_edits = None
+
+    def make_weights_ordinary(self, unet: torch.nn.Module) -> None:
+        """Lets autograd save the weights of the model that is called."""
+        if id(unet) not in self._ordinary_weights:
+            with torch.inference_mode(False):
+                make_weights_ordinary(unet)
+            self._ordinary_weights.add(id(unet))
 
     def sampler(self, sampler: Any) -> Any:
-        """The sampler to run: with RASG a copy whose noise is the gradient, else the given one."""
-        if self._rasg is None:
+        """The sampler to run, as the methods want it. The given one is not changed."""
+        for guest in self._in_order():
+            sampler = guest.method.sampler(sampler)
+        function = getattr(sampler, "sampler_function", None)
+        methods = (type(guest.method) for guest in self._guests.values())
+        if function is None or all(method.begin_evaluation is MethodRun.begin_evaluation for method in methods):
             return sampler
-        changed = stochastic.with_noise(sampler, self._rasg.eta, self._noise(sampler), self._rasg.sigma)
-        sample = changed.sampler_function
 
-        @functools.wraps(sample)
+        @functools.wraps(function)
         def evaluated(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return sample(_Evaluations(model, self), *args, **kwargs)
+            return function(_Evaluations(model, self), *args, **kwargs)
 
+        changed = copy.copy(sampler)
         changed.sampler_function = evaluated
         return changed
 
     def begin_evaluation(self) -> None:
-        """The sampler is about to evaluate the model: the gradient of the evaluation before is spent."""
-        self._gradient = None
-        self._gradient_due = self._rasg is not None and self._rasg.eta > 0
-
-    @property
-    def has_boundary(self) -> bool:
-        return self._boundary is not None
-
-    def use_boundary(self, boundary: Acting[SemanticBoundary]) -> None:
-        """From now on the boundary acts."""
-        self._boundary, self._boundary_state = boundary.settings, BoundaryState(boundary.hole)
-        self._in_window[boundary.settings] = _window(self._model_sampling, boundary.settings)
+        """The sampler is about to evaluate the model."""
+        for guest in self._in_order():
+            guest.method.begin_evaluation()
 
     @contextmanager
-    def read_by(self, reader: Reader) -> Iterator[None]:
-        """Within it `reader` reads every call of the UNet, and a graph through the call can be recorded.
-
-        The backward pass belongs into it as well: blocks may run again there.
-        """
-        self._reader = reader
+    def installed(self) -> Iterator[None]:
+        """Within it the run's options reach its methods, and the guider's conditionings say which rows of a call are theirs."""
+        options, original = self.options, self._guider.conds
+        self.options = self._with_wrappers(create_model_options_clone(options))
+        self._guider.conds = {
+            role: [with_rows(role, entry, self._latent_size) for entry in entries] for role, entries in original.items()
+        }
         try:
-            with ExitStack() as self._open_while_reading:
-                yield
+            yield
         finally:
-            self._reader = None
+            self._guider.conds = original
+            # Nothing of the run may keep the model alive: options, wrappers and run refer to each other.
+            self.options = options
+            self._guests.clear()
+            self._places.clear()
 
-    def _noise(self, sampler: Any) -> stochastic.NoiseFactory:
-        assert self._rasg is not None and self._rasg_hole is not None
-        # A sampler without an eta cannot add less noise, so a share of its noise is replaced instead.
-        share = self._rasg.strength * (1.0 if stochastic.has_eta(sampler) else min(self._rasg.eta, 1.0))
-        has_hole = self._rasg_hole.flatten(1).any(dim=1).view(-1, 1, 1, 1)
+    def _with_wrappers(self, options: dict[str, Any]) -> dict[str, Any]:
+        for kind, wrapper in (
+            (WrappersMP.CALC_COND_BATCH, self._calc_cond_batch),
+            (WrappersMP.DIFFUSION_MODEL, self._diffusion_model),
+        ):
+            add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
+        options[_RUN] = self
+        return options
 
-        def factory(x: torch.Tensor, seed: int | None) -> stochastic.NoiseSampler:
-            random = default_noise_sampler(x, seed=seed)
+    def _join(self, guest: _Guest) -> None:
+        self._guests[guest.name] = guest
 
-            def draw(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-                noise = random(sigma, sigma_next)
-                if self._gradient is None:
-                    return noise
-                mixed = share * normalized(self._gradient).to(noise) + (1.0 - share**2) ** 0.5 * noise
-                return torch.where(has_hole, mixed, noise)
+    def _in_order(self) -> list[_Guest]:
+        return sorted(self._guests.values(), key=lambda guest: guest.order)
 
-            return draw
+    def _acting(self) -> list[MethodRun]:
+        """The methods that act at the present noise level, in order."""
+        return [guest.method for guest in self._in_order() if guest.acts_at(self.sigma)]
 
-        return factory
-
-    def _active(self, settings: PAIntA | RASG | SemanticBoundary | None) -> bool:
-        return settings is not None and self._in_window[settings](self._sigma)
+    def _window(self, settings: Method) -> Callable[[float], bool]:
+        """Whether a noise level lies between start and end, in percent of sampling."""
+        sampling = self.model.model_sampling
+        first, last = (sampling.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
+        return lambda sigma: last < sigma <= first
 
     def _calc_cond_batch(
         self,
         executor: Any,
         model: Any,
-        conds: list[Any],
+        conds: Conds,
         x: torch.Tensor,
         timestep: torch.Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> list[torch.Tensor]:
         """Wrapper around the host's evaluation of all conditionings at one noise level."""
-        self._sigma = float(timestep[0])
-        gradient_due, self._gradient_due = self._gradient_due and self._active(self._rasg), False
-        negative = [any(_is_negative(entry) for entry in entries or ()) for entries in conds]
-        if not any(entries for skip, entries in zip(negative, conds, strict=True) if not skip):
-            # Another node (SAG, say) asks for the negative prompt alone: it keeps the relevance found at this noise level.
-            with self._without_positive():
-                return executor(model, conds, x, timestep, *args, **kwargs)
-        if self._painta_state is not None:
-            self._painta_state.relevance.clear()
-        model_options = args[0] if args else kwargs.get("model_options", {})
-        if not (gradient_due or self._conditional_first or "multigpu_clones" in model_options):
-            try:
-                return executor(model, conds, x, timestep, *args, **kwargs)
-            except NeedsConditionalRows:
-                # Short of memory the host evaluates the negative prompt by itself, and before the positive one.
-                self._conditional_first = True
-        self._recording = gradient_due
-        try:
-            positives = [None if skip else entries for skip, entries in zip(negative, conds, strict=True)]
-            out = executor(model, positives, x, timestep, *args, **kwargs)
-        finally:
-            self._recording = False
-        if not any(negative):
-            return out
-        with self._without_positive():
-            negatives = [entries if take else None for take, entries in zip(negative, conds, strict=True)]
-            rest = executor(model, negatives, x, timestep, *args, **kwargs)
-        return [second if take else first for take, first, second in zip(negative, out, rest, strict=True)]
+        self.sigma = float(timestep[0])
 
-    @contextmanager
-    def _without_positive(self) -> Iterator[None]:
-        """No rows of a positive prompt will come: rows for which no relevance is known stay plain."""
-        self._plain_without_relevance = True
-        try:
-            yield
-        finally:
-            self._plain_without_relevance = False
+        def evaluate(conds: Conds) -> list[torch.Tensor]:
+            return executor(model, conds, x, timestep, *args, **kwargs)
+
+        for method in self._acting():
+            evaluate = functools.partial(method.evaluate, evaluate)
+        return evaluate(conds)
 
     def _diffusion_model(
         self,
@@ -233,94 +311,64 @@ class GuidedRun:
         **kwargs: Any,
     ) -> torch.Tensor:
         """Wrapper around one call of the UNet."""
-        chunks: tuple[Chunk, ...] | None = kwargs.pop(CHUNKS_KEY, None)
+        rows: tuple[PromptRows, ...] | None = kwargs.pop(ROWS_KEY, None)
         options = {} if transformer_options is None else transformer_options.copy()
-        if chunks is None:
+        if rows is None:
             return executor(x, timesteps, context, y, control, options, **kwargs)
-        self._check_rows(x, chunks)
-        # ControlNets and some packs' patches (FreeU, say) write into tensors that autograd needs afterwards.
-        others_write = control is not None or any(options.get(kind) for kind in ("patches", "patches_replace"))
+        self._check_rows(x, rows)
         unet = executor.class_obj
-        places = transformer_places(unet)
-        if self._boundary is not None and self._boundary_state is not None and self._active(self._boundary):
-            BoundaryCall(self._boundary, places, chunks, context.shape[1], self._boundary_state).install(options)
-        painta = nullcontext()
-        if self._painta is not None and self._painta_state is not None and self._active(self._painta):
-            call = PAIntACall(self._painta, places, chunks, context, self._painta_state, self._plain_without_relevance)
-            painta = call.installed(options)
-        if self._reader is not None:
-            self._open_while_reading.enter_context(painta)
-            painta = nullcontext()
-        with painta:
-            arguments = (timesteps, context, y, control)
-            guided = self._recording and self._rasg_hole is not None
-            if self._reader is None and not guided:
-                return executor(x, *arguments, options, **kwargs)
-            if id(unet) not in self._ordinary_weights:
-                with torch.inference_mode(False):
-                    make_weights_ordinary(unet)
-                self._ordinary_weights.add(id(unet))
-            if self._reader is None:
-                return self._guided_call(executor, x, arguments, kwargs, options, places, chunks, others_write)
-            self._reader.install(options, places, chunks)
-            use_differentiable_attention(options)
-            return executor(x, *as_ordinary(list(arguments)), options, **as_ordinary(kwargs))
+        if id(unet) not in self._places:
+            self._places[id(unet)] = transformer_places(unet)
+        call = UNetCall(
+            unet=unet,
+            places=self._places[id(unet)],
+            rows=rows,
+            sigma=self.sigma,
+            x=x,
+            timesteps=timesteps,
+            context=context,
+            y=y,
+            control=control,
+            options=options,
+            keywords=kwargs,
+            others_write=control is not None or any(options.get(kind) for kind in ("patches", "patches_replace")),
+        )
 
-    def _guided_call(
-        self,
-        executor: Any,
-        x: torch.Tensor,
-        arguments: tuple[Any, ...],
-        keywords: dict[str, Any],
-        options: dict[str, Any],
-        places: list[TransformerPlace],
-        chunks: tuple[Chunk, ...],
-        others_write: bool,
-    ) -> torch.Tensor:
-        """One call of the UNet on conditional rows, which adds to the run's gradient."""
-        hole = self._rasg_hole
-        assert hole is not None
+        def call_unet(call: UNetCall) -> torch.Tensor:
+            arguments = (call.x, call.timesteps, call.context, call.y, call.control, call.options)
+            return executor(*arguments, **call.keywords)
 
-        def call() -> tuple[torch.Tensor, torch.Tensor]:
-            rasg = RASGCall(places, chunks, hole, self._latent_channels)
-            copies = others_write or self._graph_on_cpu
-            saving = saving_copies(executor.class_obj, self._graph_on_cpu) if copies else nullcontext()
-            return rasg.run(executor, x, arguments, keywords, options.copy(), saving), rasg.gradient
+        acting = self._acting()
+        for method in acting:
+            call_unet = functools.partial(method.call_unet, call_unet)
+        with ExitStack() as edits:
+            for method in acting:
+                edits.enter_context(method.edit(call))
+            if self._held_edits is not None:
+                self._held_edits.push(edits.pop_all())
+                self.make_weights_ordinary(unet)
+            return call_unet(call)
 
-        try:
-            output, gradient = call()
-        except OOM_EXCEPTION:
-            if self._graph_on_cpu:
-                raise
-            logging.info("RASG: the graph does not fit on the GPU and goes to main memory, which is slower.")
-            self._graph_on_cpu = True
-            soft_empty_cache()
-            output, gradient = call()
-        self._add_gradient(gradient, chunks)
-        return output
-
-    def _add_gradient(self, gradient: torch.Tensor, chunks: tuple[Chunk, ...]) -> None:
-        assert self._rasg_hole is not None
-        batch, _, height, width = self._rasg_hole.shape
-        if self._gradient is None:
-            self._gradient = gradient.new_zeros(batch, gradient.shape[1], height, width)
-        for chunk, part in zip(chunks, gradient.split(batch), strict=True):
-            target = chunk.cut(self._gradient)
-            target += part.to(target.device)
-
-    def _check_rows(self, x: torch.Tensor, chunks: tuple[Chunk, ...]) -> None:
-        height, width = self._latent_size if chunks[0].area is None else chunks[0].area[:2]
-        if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self._batch * len(chunks):
+    def _check_rows(self, x: torch.Tensor, rows: Sequence[PromptRows]) -> None:
+        height, width = self._latent_size if rows[0].area is None else rows[0].area[:2]
+        if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self.batch * len(rows):
             raise ValueError(
-                f"PAIntA, RASG, Semantic Boundary and PILOT expected latents of {width}x{height} cells and the model was called "
-                f"with {x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
+                f"{', '.join(self._guests)} expected latents of {width}x{height} cells and the model was called with "
+                f"{x.shape[-1]}x{x.shape[-2]}: another node cuts the latent into tiles; take it or the TrueFill nodes out."
             )
+
+
+class _Guest:
+    """A method that takes part in a run, and at which noise levels."""
+
+    def __init__(self, name: str, order: int, method: MethodRun, acts_at: Callable[[float], bool]):
+        self.name, self.order, self.method, self.acts_at = name, order, method, acts_at
 
 
 class _Evaluations:
     """The model as a sampler calls it, telling the run when an evaluation begins."""
 
-    def __init__(self, model: Any, run: GuidedRun):
+    def __init__(self, model: Any, run: SamplingRun):
         self._model = model
         self._run = run
 
@@ -332,13 +380,11 @@ class _Evaluations:
         return getattr(self._model, name)
 
 
-def _is_negative(entry: dict[str, Any]) -> bool:
-    cond = entry["model_conds"].get(CHUNKS_KEY)
-    return cond is None or not cond.chunk.conditional
-
-
-def _window(model_sampling: Any, settings: PAIntA | RASG | SemanticBoundary) -> Callable[[float], bool]:
-    """Whether a noise level lies between start and end, in percent of sampling."""
-    first = model_sampling.percent_to_sigma(settings.start_percent)
-    last = model_sampling.percent_to_sigma(settings.end_percent)
-    return lambda sigma: last < sigma <= first
+def refuse_compiled(model_options: Mapping[str, Any], who: str) -> None:
+    """Raises ValueError, in one sentence that begins with `who`, for the options of a compiled model."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if "torch.compile" in wrappers:
+        raise ValueError(
+            f"{who} reads or edits attention while the model runs, which a compiled model does not allow: take the "
+            "TorchCompileModel node out of this graph, or the TrueFill nodes."
+        )

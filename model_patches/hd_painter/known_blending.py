@@ -23,7 +23,10 @@ from ...imaging.masks import as_mask_batch, coverage
 from ..core.call_rows import repeat_to_batch
 
 KEY = "TrueFill known"
-"""Key of the wrappers, of the settings in a model's options, and of the state in a run's."""
+"""Key of the wrappers, and of the settings in a model's options."""
+
+_RUN = "TrueFill known run"
+"""Where the options of a run have its `_Run`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +95,7 @@ def _sample(
         last = type(executor).new_class_executor(executor.original, executor.class_obj, [*later, _sample])
         return last.execute(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
     options = create_model_options_clone(extra_args["model_options"])
-    run = options[KEY] = _run(options[KEY], executor.class_obj, guider.inner_model, sigmas, noise)
+    run = options[_RUN] = _run(options[KEY], executor.class_obj, guider.inner_model, sigmas, noise)
 
     def report(step: int, x0: torch.Tensor, *rest: Any) -> None:
         if run.blended is not None:
@@ -143,8 +146,8 @@ def _predict(
     """Wrapper around the host's guided prediction of the clean latent."""
     options = model_options or {}
     predicted = executor(x, timestep, options, *args)
-    run = options.get(KEY)
-    if not isinstance(run, _Run):
+    run: _Run | None = options.get(_RUN)
+    if run is None:
         return predicted
     change = run.weight * (run.latent - predicted)
     gain = run.gains.get(float(timestep.flatten()[0]), 1.0)

@@ -9,17 +9,19 @@ attention function does the work.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
 from ...imaging.masks import hole_cells
-from ..core.call_rows import Area, Chunk
+from ..core.call_rows import Area, Conds, PromptRows, by_role, joined
 from ..core.prompt_tokens import prompt_attention
-from ..core.unet_attention import Place, TransformerPlace, add_patch, attention
+from ..core.protocol import Method, MethodRun, UNetCall
+from ..core.sampling_run import SamplingRun
+from ..core.unet_attention import Place, TransformerPlace, add_patch, attention, require_unet
 
 FACTORS = (2, 4)
 """Latent cells per grid cell where PAIntA acts: 1/16 and 1/32 of the picture."""
@@ -28,19 +30,25 @@ SMOOTHING = (0.2119, 0.5761, 0.2119)
 """Separable 3x3 kernel of the released code (not in the paper)."""
 
 
-class NeedsConditionalRows(Exception):
-    """The rows of a negative prompt came before those of the positive one, from which they take their relevance."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PAIntA(Method):
+    """Settings of PAIntA; `smooth` is the released code's smoothing of the relevance. For models with a Stable Diffusion UNet."""
 
+    name: ClassVar = "PAIntA"
+    order: ClassVar = 200
 
-@dataclass(frozen=True, eq=False)
-class PAIntA:
-    """Settings of PAIntA. `strength` 0 is the plain model, 1 the paper; percentages are of sampling; `mask` [B, 1, H, W]."""
-
-    strength: float = 1.0
-    start_percent: float = 0.0
     end_percent: float = 0.5
     smooth: bool = True
-    mask: torch.Tensor | None = None
+
+    def check(self, model: object) -> None:
+        require_unet(model, self.name)
+
+    def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
+        return PAIntARun(self, run, hole)
+
+
+class NeedsConditionalRows(Exception):
+    """The rows of a negative prompt came before those of the positive one, from which they take their relevance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,24 +63,59 @@ class SameHole:
     """Bool [pixels]."""
 
 
-class PAIntAState:
-    """What one run of a sampler keeps between UNet calls. `hole` is [B, 1, h, w] on the latent grid."""
+class PAIntARun(MethodRun):
+    """PAIntA in one run. `hole` is [B, 1, h, w] on the latent grid."""
 
-    def __init__(self, hole: torch.Tensor) -> None:
+    def __init__(self, settings: PAIntA, run: SamplingRun, hole: torch.Tensor) -> None:
+        self.settings = settings
         self.hole = hole
         self.relevance: dict[tuple[Place, Area | None], torch.Tensor] = {}
         """Relevance of the conditional rows, for the unconditional rows of the same evaluation: [B, pixels]."""
+        self.plain_without_relevance = False
+        """No rows of a positive prompt will come: rows for which no relevance is known stay plain."""
+        self._run = run
+        self._positive_first = False
         self._groups: dict[tuple[Any, ...], list[SameHole]] = {}
 
+    def evaluate(self, call_next: Callable[[Conds], list[torch.Tensor]], conds: Conds) -> list[torch.Tensor]:
+        positives, negatives = by_role(conds)
+        if positives is None:
+            # Another node (SAG, say) asks for the negative prompt alone: it keeps the relevance found at this noise level.
+            with self._without_positive():
+                return call_next(conds)
+        self.relevance.clear()
+        if negatives is None:
+            return call_next(conds)
+        if not (self._positive_first or self._run.on_several_devices):
+            try:
+                return call_next(conds)
+            except NeedsConditionalRows:
+                # Short of memory the host evaluates the negative prompt by itself, and before the positive one.
+                self._positive_first = True
+        first = call_next(positives)
+        with self._without_positive():
+            return joined(first, call_next(negatives), negatives)
+
+    def edit(self, call: UNetCall) -> AbstractContextManager[None]:
+        return PAIntACall(self, call).installed()
+
+    @contextmanager
+    def _without_positive(self) -> Iterator[None]:
+        self.plain_without_relevance = True
+        try:
+            yield
+        finally:
+            self.plain_without_relevance = False
+
     def rows_with_the_same_hole(
-        self, chunks: Sequence[Chunk], grid: tuple[int, int], device: torch.device
+        self, rows: Sequence[PromptRows], grid: tuple[int, int], device: torch.device
     ) -> list[SameHole]:
         """Groups the rows of a call by their hole on `grid`; rows that are all known or all hole are left out."""
-        key = (grid, device, *(chunk.area for chunk in chunks))
+        key = (grid, device, *(of_prompt.area for of_prompt in rows))
         if key not in self._groups:
             # Ordinary tensors, not inference ones: RASG's backward pass goes through PAIntA.
             with torch.inference_mode(False):
-                cells = torch.cat([hole_cells(chunk.cut(self.hole), grid) for chunk in chunks]).flatten(1)
+                cells = torch.cat([hole_cells(of_prompt.cut(self.hole), grid) for of_prompt in rows]).flatten(1)
                 self._groups[key] = _group_rows(cells, device)
         return self._groups[key]
 
@@ -114,43 +157,33 @@ def prompt_relevance(
 class PAIntACall:
     """PAIntA within one call of the UNet: reads each block's projections and recomputes the rows that are in the hole."""
 
-    def __init__(
-        self,
-        settings: PAIntA,
-        places: Sequence[TransformerPlace],
-        chunks: Sequence[Chunk],
-        context: torch.Tensor,
-        state: PAIntAState,
-        plain_without_relevance: bool,
-    ):
-        self._settings = settings
+    def __init__(self, run: PAIntARun, call: UNetCall):
+        self._run = run
+        self._call = call
         self._places = {
             t.place: t
-            for t in places
+            for t in call.places
             if t.factor in FACTORS and t.place[0] != "middle" and not t.module.disable_self_attn
         }
-        self._chunks = chunks
-        self._context = context
-        self._state = state
-        self._plain_without_relevance = plain_without_relevance
         self._block_input: dict[Place, torch.Tensor] = {}
         self._projections: dict[Place, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._earlier: dict[Place, Callable[..., torch.Tensor] | None] = {}
 
     @contextmanager
-    def installed(self, transformer_options: dict[str, Any]) -> Iterator[None]:
-        """Adds the edit to a call's own `transformer_options`, behind every patch that is there, for the length of the call.
+    def installed(self) -> Iterator[None]:
+        """Adds the edit to the call's options, behind every patch that is there, for the length of the call.
 
         The host hands no patch a block's input, only its norm: hooks on `norm1` catch it, and are gone afterwards.
         """
-        replace = dict(transformer_options.get("patches_replace", {}))
+        options = self._call.options
+        replace = dict(options.get("patches_replace", {}))
         attn1 = dict(replace.get("attn1", {}))
         for place in self._places:
             self._earlier[place] = attn1.get(place, attn1.get(place[:2]))
             attn1[place] = self._keep_projections(place)
         replace["attn1"] = attn1
-        transformer_options["patches_replace"] = replace
-        add_patch(transformer_options, "attn1_output_patch", self._edit_output)
+        options["patches_replace"] = replace
+        add_patch(options, "attn1_output_patch", self._edit_output)
         with ExitStack() as hooks:
             for place, t in self._places.items():
                 handle = t.module.norm1.register_forward_pre_hook(self._keep_input(place))
@@ -186,7 +219,7 @@ class PAIntACall:
         x = self._block_input.pop(place)
         q, k, v = self._projections.pop(place)
         height, width = extra_options["activations_shape"][-2:]
-        groups = self._state.rows_with_the_same_hole(self._chunks, (height, width), y.device)
+        groups = self._run.rows_with_the_same_hole(self._call.rows, (height, width), y.device)
         if not groups:
             return y
         earlier = self._earlier[place]
@@ -196,7 +229,7 @@ class PAIntACall:
             q, k, v = module.attn1.to_q(n), module.attn1.to_k(n), module.attn1.to_v(n)
             earlier = None
         relevance = self._relevance_of_rows(t, x, y, (height, width))
-        weakened = 1.0 - self._settings.strength * (1.0 - relevance)
+        weakened = 1.0 - self._run.settings.strength * (1.0 - relevance)
         scale = torch.ones_like(weakened)
         for group in groups:
             scale[group.rows] = torch.where(group.is_hole, scale[group.rows], weakened[group.rows])
@@ -216,33 +249,33 @@ class PAIntACall:
     def _relevance_of_rows(
         self, t: TransformerPlace, x: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
-        batch = self._state.hole.shape[0]
+        batch = self._run.hole.shape[0]
         by_area: dict[Area | None, list[torch.Tensor]] = {}
-        of_chunk: dict[int, torch.Tensor] = {}
-        for number, chunk in enumerate(self._chunks):
-            if not chunk.conditional:
+        of_prompt: dict[int, torch.Tensor] = {}
+        for number, prompt in enumerate(self._call.rows):
+            if not prompt.conditional:
                 continue
             rows = slice(number * batch, (number + 1) * batch)
-            own = chunk.tokens.words_and_ends
+            own = prompt.tokens.words_and_ends
             length = own.shape[1]
             query = t.cross.to_q(t.module.norm2(x[rows] + y[rows]))
-            key = t.cross.to_k(self._context[rows, :length])
+            key = t.cross.to_k(self._call.context[rows, :length])
             tokens = own.to(query.device)
-            c = prompt_relevance(query, key, t.module.n_heads, tokens, grid, self._settings.smooth)
-            of_chunk[number] = c
-            by_area.setdefault(chunk.area, []).append(c)
+            c = prompt_relevance(query, key, t.module.n_heads, tokens, grid, self._run.settings.smooth)
+            of_prompt[number] = c
+            by_area.setdefault(prompt.area, []).append(c)
         for area, relevances in by_area.items():
-            self._state.relevance[t.place, area] = torch.stack(relevances).mean(dim=0).detach()
-        for number, chunk in enumerate(self._chunks):
-            if chunk.conditional:
+            self._run.relevance[t.place, area] = torch.stack(relevances).mean(dim=0).detach()
+        for number, prompt in enumerate(self._call.rows):
+            if prompt.conditional:
                 continue
-            shared = self._state.relevance.get((t.place, chunk.area))
+            shared = self._run.relevance.get((t.place, prompt.area))
             if shared is None:
-                if not self._plain_without_relevance:
+                if not self._run.plain_without_relevance:
                     raise NeedsConditionalRows
                 shared = torch.ones(batch, grid[0] * grid[1])
-            of_chunk[number] = shared.to(y.device)
-        return torch.cat([of_chunk[number] for number in range(len(self._chunks))])
+            of_prompt[number] = shared.to(y.device)
+        return torch.cat([of_prompt[number] for number in range(len(self._call.rows))])
 
 
 def _scaled(keys: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -7,18 +7,24 @@ takes the place of the noise in DDIM's step (equation 7).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from comfy.k_diffusion.sampling import default_noise_sampler
+from comfy.model_management import OOM_EXCEPTION, soft_empty_cache
 
 from ...imaging.masks import hole_cells
-from ..core.autograd import as_ordinary, full_precision, gradients_enabled
-from ..core.call_rows import Chunk
-from ..core.unet_attention import Place, TransformerPlace, add_patch, use_differentiable_attention
+from ..core.autograd import as_ordinary, full_precision, gradients_enabled, saving_copies
+from ..core.call_rows import Conds, by_role, joined
+from ..core.protocol import Method, MethodRun, UNetCall
+from ..core.sampling_run import SamplingRun
+from ..core.unet_attention import Place, add_patch, require_unet, transformer_places, use_differentiable_attention
+from . import stochastic_samplers
 
 FACTOR = 4
 """Latent cells per grid cell where attention is read: 1/32 of the picture."""
@@ -27,17 +33,28 @@ SHIFT = 1.0
 """Subtracted from the attention scores before they are compared with the hole (released code, not in the paper)."""
 
 
-@dataclass(frozen=True, eq=False)
-class RASG:
-    """Settings of RASG. `eta` is DDIM's; `strength` the share of the noise that is replaced; percentages are of sampling;
-    `sigma` is "ddim" or "released" (see `stochastic.released_over_ddim`); `mask` [B, 1, H, W]."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RASG(Method):
+    """Settings of RASG. `strength` is the share of the noise that is replaced, `eta` DDIM's, and `sigma` "ddim" or "released"
+    (see `stochastic_samplers.released_over_ddim`). For models with a Stable Diffusion UNet and cross-attention at 1/32."""
+
+    name: ClassVar = "RASG"
+    order: ClassVar = 300
+    records_graph: ClassVar = True
 
     eta: float = 0.01
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
     sigma: str = "ddim"
-    mask: torch.Tensor | None = None
+
+    def check(self, model: object) -> None:
+        unet = require_unet(model, self.name)
+        if not any(t.factor == FACTOR for t in transformer_places(unet)):
+            raise ValueError(
+                "RASG reads the cross-attention at 1/32 of the picture, and this UNet has none there; load an SD1.5, SD2 or SDXL "
+                "checkpoint."
+            )
+
+    def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
+        return RASGRun(self, run, hole)
 
 
 def attention_score(scores: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
@@ -56,50 +73,134 @@ def normalized(gradient: torch.Tensor) -> torch.Tensor:
     return gradient / torch.where(deviation > 0, deviation, torch.ones_like(deviation))
 
 
+class RASGRun(MethodRun):
+    """RASG in one run: while it acts, the noise that the sampler asks for is the gradient of the evaluation before."""
+
+    def __init__(self, settings: RASG, run: SamplingRun, hole: torch.Tensor) -> None:
+        run.require_finite(settings.name)
+        self._settings = settings
+        self._run = run
+        self._hole = hole
+        self._due = False
+        self._recording = False
+        self._graph_on_cpu = False
+        self._gradient: torch.Tensor | None = None
+        if _mixes_prompts(run.options):
+            logging.warning(
+                "RASG: NAGuidance mixes positive and negative prompt inside the model, and RASG evaluates them one after the "
+                "other, so NAGuidance has no effect while RASG acts."
+            )
+
+    def sampler(self, sampler: Any) -> Any:
+        return stochastic_samplers.with_noise(sampler, self._settings.eta, self._noise(sampler), self._settings.sigma)
+
+    def begin_evaluation(self) -> None:
+        self._gradient = None
+        self._due = self._settings.eta > 0
+
+    def evaluate(self, call_next: Callable[[Conds], list[torch.Tensor]], conds: Conds) -> list[torch.Tensor]:
+        due, self._due = self._due, False
+        positives, negatives = by_role(conds)
+        if not due or positives is None:
+            return call_next(conds)
+        self._recording = True
+        try:
+            out = call_next(positives)
+        finally:
+            self._recording = False
+        return out if negatives is None else joined(out, call_next(negatives), negatives)
+
+    def call_unet(self, call_next: Callable[[UNetCall], torch.Tensor], call: UNetCall) -> torch.Tensor:
+        if not self._recording:
+            return call_next(call)
+        self._run.make_weights_ordinary(call.unet)
+        try:
+            output, gradient = self._guided(call_next, call)
+        except OOM_EXCEPTION:
+            if self._graph_on_cpu:
+                raise
+            logging.info("RASG: the graph does not fit on the GPU and goes to main memory, which is slower.")
+            self._graph_on_cpu = True
+            soft_empty_cache()
+            output, gradient = self._guided(call_next, call)
+        self._add(gradient, call)
+        return output
+
+    def _guided(
+        self, call_next: Callable[[UNetCall], torch.Tensor], call: UNetCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        guided = RASGCall(call, self._hole, self._run.model.latent_format.latent_channels)
+        copies = call.others_write or self._graph_on_cpu
+        saving = saving_copies(call.unet, self._graph_on_cpu) if copies else nullcontext()
+        return guided.run(call_next, saving), guided.gradient
+
+    def _add(self, gradient: torch.Tensor, call: UNetCall) -> None:
+        batch, _, height, width = self._hole.shape
+        if self._gradient is None:
+            self._gradient = gradient.new_zeros(batch, gradient.shape[1], height, width)
+        for rows, part in zip(call.rows, gradient.split(batch), strict=True):
+            target = rows.cut(self._gradient)
+            target += part.to(target.device)
+
+    def _noise(self, sampler: Any) -> stochastic_samplers.NoiseFactory:
+        # A sampler without an eta cannot add less noise, so a share of its noise is replaced instead.
+        has_eta = stochastic_samplers.has_eta(sampler)
+        share = self._settings.strength * (1.0 if has_eta else min(self._settings.eta, 1.0))
+        has_hole = self._hole.flatten(1).any(dim=1).view(-1, 1, 1, 1)
+
+        def factory(x: torch.Tensor, seed: int | None) -> stochastic_samplers.NoiseSampler:
+            random = default_noise_sampler(x, seed=seed)
+
+            def draw(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+                noise = random(sigma, sigma_next)
+                if self._gradient is None:
+                    return noise
+                mixed = share * normalized(self._gradient).to(noise) + (1.0 - share**2) ** 0.5 * noise
+                return torch.where(has_hole, mixed, noise)
+
+            return draw
+
+        return factory
+
+
+def _mixes_prompts(model_options: dict[str, Any]) -> bool:
+    """Whether the host's NAGuidance is on the model."""
+    patches = model_options.get("transformer_options", {}).get("patches", {}).get("attn1_output_patch", ())
+    return any(getattr(patch, "__name__", "") == "nag_attention_output_patch" for patch in patches)
+
+
 class RASGCall:
     """RASG within one call of the UNet on conditional rows: eps as ever, and the gradient of S on the way."""
 
-    def __init__(
-        self, places: Sequence[TransformerPlace], chunks: Sequence[Chunk], hole: torch.Tensor, latent_channels: int
-    ):
-        self._cross = {t.place: t.cross for t in places if t.factor == FACTOR}
+    def __init__(self, call: UNetCall, hole: torch.Tensor, latent_channels: int):
+        self._call = call
+        self._cross = {t.place: t.cross for t in call.places if t.factor == FACTOR}
         self._last = list(self._cross)[-1]
-        self._chunks = chunks
         self._hole = hole
         self._latent_channels = latent_channels
         self._scores: dict[int, torch.Tensor] = {}
         self._latent = torch.empty(0)
-        self._dtype = torch.float32
         self.gradient = torch.empty(0)
         """After the call: dS / dz, [rows, C, h, w]."""
 
-    def run(
-        self,
-        unet: Any,
-        x: torch.Tensor,
-        arguments: Sequence[Any],
-        keywords: dict[str, Any],
-        transformer_options: dict[str, Any],
-        saving: AbstractContextManager[Any],
-    ) -> torch.Tensor:
-        """Runs `unet(x, timesteps, context, y, control, transformer_options, **keywords)` and returns its output, detached.
+    def run(self, call_next: Callable[[UNetCall], torch.Tensor], saving: AbstractContextManager[Any]) -> torch.Tensor:
+        """Makes the call and returns its output, detached.
 
         The graph ends at the last block at 1/32: the backward pass runs there and then, before the expensive fine output
         blocks, which record nothing. `saving` is the context in which the graph is recorded (see `autograd.saving_copies`).
         Raises RuntimeError where the gradient is not finite.
         """
-        self._dtype = x.dtype
+        call = self._call
         with gradients_enabled(), saving:
-            self._latent = full_precision(x[:, : self._latent_channels]).clone().requires_grad_()
-            rest = as_ordinary(x[:, self._latent_channels :].clone())
-            inputs = torch.cat((self._latent.to(x.dtype), rest), dim=1)
-            self._install(transformer_options)
-            output = unet(inputs, *as_ordinary(list(arguments)), transformer_options, **as_ordinary(keywords))
+            self._latent = full_precision(call.x[:, : self._latent_channels]).clone().requires_grad_()
+            rest = as_ordinary(call.x[:, self._latent_channels :].clone())
+            options = call.options.copy()
+            add_patch(options, "attn2_patch", self._read_scores)
+            use_differentiable_attention(options)
+            output = call_next(
+                replace(call.ordinary(), x=torch.cat((self._latent.to(call.x.dtype), rest), dim=1), options=options)
+            )
         return output.detach()
-
-    def _install(self, transformer_options: dict[str, Any]) -> None:
-        add_patch(transformer_options, "attn2_patch", self._read_scores)
-        use_differentiable_attention(transformer_options)
 
     def _read_scores(
         self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
@@ -109,11 +210,11 @@ class RASGCall:
         if cross is None:
             return n, context, value
         batch = self._hole.shape[0]
-        for number, chunk in enumerate(self._chunks):
-            rows = slice(number * batch, (number + 1) * batch)
-            tokens = chunk.tokens.words_and_ends[0].nonzero()[:, 0].to(context.device)
-            query = full_precision(cross.to_q(n[rows]))
-            key = full_precision(cross.to_k(context[rows][:, tokens]))
+        for number, rows in enumerate(self._call.rows):
+            here = slice(number * batch, (number + 1) * batch)
+            tokens = rows.tokens.words_and_ends[0].nonzero()[:, 0].to(context.device)
+            query = full_precision(cross.to_q(n[here]))
+            key = full_precision(cross.to_k(context[here][:, tokens]))
             # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
             scores = query @ key.transpose(1, 2) * (cross.dim_head**-0.5 / cross.heads)
             self._scores[number] = self._scores[number] + scores if number in self._scores else scores
@@ -124,15 +225,16 @@ class RASGCall:
 
     def _gradient(self, grid: tuple[int, int]) -> torch.Tensor:
         score = self._latent.new_zeros(())
-        for number, chunk in enumerate(self._chunks):
-            hole = hole_cells(chunk.cut(self._hole), grid).flatten(1).to(self._latent.device)
+        for number, rows in enumerate(self._call.rows):
+            hole = hole_cells(rows.cut(self._hole), grid).flatten(1).to(self._latent.device)
             score = score + attention_score(self._scores[number] / len(self._cross), hole)
         # Half precision would lose the small gradient of a mean over many pixels.
-        scale = float(grid[0] * grid[1]) if self._dtype == torch.float16 else 1.0
+        scale = float(grid[0] * grid[1]) if self._call.x.dtype == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(score * scale, self._latent)
         if not bool(gradient.isfinite().all()):
+            dtype = str(self._call.x.dtype).removeprefix("torch.")
             raise RuntimeError(
-                f"RASG's gradient is not finite in {str(self._dtype).removeprefix('torch.')}: start ComfyUI with --bf16-unet or "
-                "--fp32-unet, or take the RASG node out."
+                f"RASG's gradient is not finite in {dtype}: start ComfyUI with --bf16-unet or --fp32-unet, or take the RASG node "
+                "out."
             )
         return gradient / scale

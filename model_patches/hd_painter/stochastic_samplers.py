@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
-from comfy.samplers import KSAMPLER
+from comfy.samplers import KSAMPLER, SAMPLER_NAMES, sampler_object
 from tqdm.auto import trange
 
 NoiseSampler = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -88,9 +88,19 @@ def has_eta(sampler: object) -> bool:
 _ADVICE = "choose euler, ddim, dpmpp_2m, euler_ancestral, dpmpp_2m_sde or another sampler that adds noise."
 
 
+def _name_of(function: Callable[..., torch.Tensor]) -> str:
+    """What the host's menus call a sampler's function; the function's own name for one that is not in them."""
+    own = getattr(function, "__qualname__", type(function).__name__)
+    for name in SAMPLER_NAMES:
+        offered = getattr(sampler_object(name), "sampler_function", None)
+        if offered is function or (offered is not None and offered.__qualname__ == own and "<locals>" in own):
+            return name
+    return own.split(".")[-1].removeprefix("sample_")
+
+
 def _stochastic_form(sampler: KSAMPLER, options: dict[str, Any]) -> tuple[str, Callable[..., torch.Tensor]]:
     function = sampler.sampler_function
-    name = getattr(function, "__name__", type(function).__name__).removeprefix("sample_")
+    name = _name_of(function)
     if getattr(k_diffusion, f"sample_{name}", None) is function and name in STOCHASTIC_FORMS:
         if options.get("s_churn"):
             raise ValueError(

@@ -26,7 +26,7 @@ from ...imaging.masks import resize_mask
 from ...imaging.region import Region, check_pictures, stitch
 from ...imaging.region_plan import Box
 from ...imaging.super_resolution import Workplace, find_workplace, widened
-from ..core.diffusion import Diffusion
+from ..core.diffusion import Diffusion, Sampling
 from .known_blending import with_known
 from .tiled_sampling import with_tiles
 
@@ -36,24 +36,20 @@ _X4_FACTOR = 4
 _GIGABYTE = 1 << 30
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a diffusion model is sampled.
+@dataclass(frozen=True, kw_only=True)
+class UpscaleSampling(Sampling):
+    """How a diffusion model makes the detail.
 
     noise_level: noise on the small picture for the x4 upscaler, from 0 to 350.
     denoise: for any other model, the share of the steps that is run.
     """
 
-    seed: int = 0
-    steps: int = 20
-    cfg: float = 7.5
     sampler_name: str = "ddim"
-    scheduler: str = "normal"
     noise_level: int = 20
     denoise: float = 0.35
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """Pixels of the large picture: side and overlap of the tiles, and how far around the hole is made anew."""
 
@@ -62,7 +58,7 @@ class Layout:
     expand: int = 19
 
 
-_SAMPLING, _LAYOUT = Sampling(), Layout()
+_SAMPLING, _LAYOUT = UpscaleSampling(), Layout()
 
 
 def upscale_hole(
@@ -71,7 +67,7 @@ def upscale_hole(
     mask: torch.Tensor,
     diffusion: Diffusion | None,
     upscale_model: Any = None,
-    sampling: Sampling = _SAMPLING,
+    sampling: UpscaleSampling = _SAMPLING,
     layout: Layout = _LAYOUT,
     harmony: Harmony = POISSON,
     announce: Callable[[str], None] = logging.info,
@@ -149,7 +145,7 @@ class _Enlarging:
 class _Diffusing:
     """What the two ways of sampling share."""
 
-    def __init__(self, diffusion: Diffusion, sampling: Sampling) -> None:
+    def __init__(self, diffusion: Diffusion, sampling: UpscaleSampling) -> None:
         self._diffusion, self._sampling = diffusion, sampling
         self.factor: int = diffusion.vae.spacial_compression_encode()
         self.steps = sampling.steps
@@ -252,7 +248,7 @@ class X4(_Diffusing):
 class _Refining(_Diffusing):
     """Any other model: img2img on the enlarged picture."""
 
-    def __init__(self, diffusion: Diffusion, upscale_model: Any, sampling: Sampling) -> None:
+    def __init__(self, diffusion: Diffusion, upscale_model: Any, sampling: UpscaleSampling) -> None:
         super().__init__(diffusion, sampling)
         self._enlarging = _Enlarging(upscale_model)
 
@@ -281,7 +277,7 @@ class _Refining(_Diffusing):
         return positive, negative
 
 
-def _engine(diffusion: Diffusion | None, upscale_model: Any, sampling: Sampling) -> _Enlarging | X4 | _Refining:
+def _engine(diffusion: Diffusion | None, upscale_model: Any, sampling: UpscaleSampling) -> _Enlarging | X4 | _Refining:
     if diffusion is None:
         if upscale_model is None:
             raise ValueError(

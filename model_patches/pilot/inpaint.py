@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import comfy.sample
 import comfy.samplers
@@ -17,18 +17,8 @@ from ...imaging.harmonise import ONLY_BLEND, harmonise_pictures
 from ...imaging.masks import resize_mask
 from ...imaging.morphology import feather as feather_mask
 from ...imaging.region import check_pictures
-from ..core.diffusion import Diffusion
+from ..core.diffusion import Diffusion, Sampling
 from .sampler import PILOT, pilot_sampler
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How it is sampled; the released code takes 100 steps, the paper 200, both DDIM's."""
-
-    seed: int = 0
-    steps: int = 100
-    cfg: float = 7.5
-    scheduler: str = "ddim_uniform"
 
 
 def inpaint(

@@ -31,12 +31,14 @@ from tqdm.auto import tqdm
 
 from ...imaging.masks import as_mask_batch, hole_cells
 from ..core.autograd import as_ordinary, gradients_enabled, recomputed, saving_copies
-from ..core.guidance import RUN_KEY, hole_on_latent, installed, refuse_compiled
-from ..core.sampling_run import Acting, GuidedRun
+from ..core.sampling_run import SamplingRun, refuse_compiled, running
 from ..core.unet_attention import require_unet
 from .private_controls import own_controls
 from .semantic_boundary import SemanticBoundary
 from .semantic_centralisation import Centralisation
+
+NAME = "PILOT"
+_ORDER = 400
 
 LR_BASE = 1.002
 """The learning rate grows by this factor with every training timestep towards the clean picture (released code)."""
@@ -122,45 +124,34 @@ class PILOTSampler(Sampler):
         FloatingPointError where a loss is not finite.
         """
         settings, guider, options = self._settings, model_wrap, extra_args["model_options"]
-        refuse_compiled(options)
+        refuse_compiled(options, NAME)
         _require_text_to_image(guider.inner_model)
-        covered = hole_on_latent(settings.mask, guider, noise, denoise_mask, "PILOT")
-        hole = hole_cells(covered, (noise.shape[-2], noise.shape[-1]))[:, None].float()
-        _require_some_of_both(hole)
         with (
             _weights_that_stay(guider, noise, options),
-            _running(guider, options, noise, hole, settings) as (run, options),
+            running(guider, options, noise, latent_image, denoise_mask) as run,
             own_controls(_positive_entries(guider), guider.inner_model) as positive,
         ):
+            run.require_finite(NAME)
+            covered = run.hole(settings.mask, NAME)
+            hole = hole_cells(covered, (noise.shape[-2], noise.shape[-1]))[:, None].float()
+            _require_some_of_both(hole)
+            if settings.boundary:
+                run.begin(SemanticBoundary(strength=settings.boundary, mask=hole))
             plan = _Plan.of(settings, sigmas, guider.inner_model.model_sampling)
             self._announce(plan.forecast)
-            job = _Job(guider, run, options, settings, positive, latent_image, hole, extra_args.get("seed"))
+            job = _Job(guider, run, settings, positive, latent_image, hole, extra_args.get("seed"))
             with tqdm(total=plan.passes, disable=disable_pbar) as bar:
+                done = 0
 
-                def passed(number: int, denoised: torch.Tensor, x: torch.Tensor) -> None:
+                def passed(denoised: torch.Tensor, x: torch.Tensor, passes: int = 1) -> None:
+                    nonlocal done
                     throw_exception_if_processing_interrupted()
-                    bar.update()
+                    bar.update(passes)
+                    done += passes
                     if callback is not None:
-                        callback(number, denoised, x, plan.passes)
+                        callback(done - 1, denoised, x, plan.passes)
 
                 return job.sample(plan, sigmas, noise, self.max_denoise(guider, sigmas), passed)
-
-
-@contextmanager
-def _running(
-    guider: Any, model_options: dict[str, Any], noise: torch.Tensor, hole: torch.Tensor, settings: PILOT
-) -> Iterator[tuple[GuidedRun, dict[str, Any]]]:
-    """The run in which the guidance on the MODEL acts, or else a new one; with the boundary, unless a node has set one."""
-    boundary = Acting(SemanticBoundary(settings.boundary), hole) if settings.boundary else None
-    run: GuidedRun | None = model_options.get(RUN_KEY)
-    if run is None:
-        run = GuidedRun(guider.inner_model, noise, boundary=boundary)
-        with installed(run, guider, model_options) as options:
-            yield run, options
-    else:
-        if boundary is not None and not run.has_boundary:
-            run.use_boundary(boundary)
-        yield run, model_options
 
 
 @contextmanager
@@ -222,8 +213,7 @@ class _Job:
     def __init__(
         self,
         guider: Any,
-        run: GuidedRun,
-        model_options: dict[str, Any],
+        run: SamplingRun,
         settings: PILOT,
         positive: Sequence[dict[str, Any]],
         latent: torch.Tensor,
@@ -233,11 +223,11 @@ class _Job:
         """`positive` are the entries of the prompt to optimise by, with controls of their own."""
         self._guider = guider
         self._run = run
-        self._options = model_options
+        self._options = run.options
         self._settings = settings
         self._seed = seed
         # Several GPUs work in threads that record no graph.
-        self._one_device = {key: value for key, value in model_options.items() if key != "multigpu_clones"}
+        self._one_device = {key: value for key, value in run.options.items() if key != "multigpu_clones"}
         with torch.inference_mode(False):
             self._latent, self._hole = as_ordinary(latent), as_ordinary(hole)
             self._known = 1.0 - self._hole
@@ -250,33 +240,34 @@ class _Job:
         sigmas: torch.Tensor,
         noise: torch.Tensor,
         from_noise: bool,
-        passed: Callable[[int, torch.Tensor, torch.Tensor], None],
+        passed: Callable[..., None],
     ) -> torch.Tensor:
-        """Runs all steps and returns the latent; `passed(number, denoised, x)` is called after each pass."""
+        """Runs all steps and returns the latent; `passed(denoised, x, passes=1)` is called after each pass, or several."""
         sampling = self._guider.inner_model.model_sampling
         start = torch.zeros_like(self._latent) if from_noise else self._latent
         x = sampling.noise_scaling(sigmas[0], noise, start, from_noise)
         generator = torch.Generator().manual_seed((self._seed or 0) + 1)
-        number = 0
         for index, (sigma, following) in enumerate(pairwise(sigmas)):
             rows = sigma.expand(len(x))
             if plan.optimised[index]:
                 momentum = torch.zeros_like(x)
                 scale = (1.0 + sigma**2).sqrt()
-                for _ in range(plan.iterations):
-                    denoised, gradient = self._gradient(x, rows, plan.timesteps[index])
+                for iteration in range(plan.iterations):
+                    found = self._gradient(x, rows, plan.timesteps[index])
+                    if found is None:
+                        passed(x, x, plan.iterations - iteration)
+                        break
+                    denoised, gradient = found
                     rate = self._rate(index, plan.timesteps[index])
                     momentum = self._settings.momentum * momentum - rate * scale * gradient
                     x = x + scale * momentum
-                    passed(number, denoised, x)
-                    number += 1
+                    passed(denoised, x)
             elif plan.blended[index]:
                 fresh = torch.randn(x.shape, generator=generator).to(x)
                 x = torch.where(self._hole > 0, x, self._latent + sigma * fresh)
             denoised = self._guider(x, rows, model_options=self._options, seed=self._seed)
             x = denoised + following / sigma * (x - denoised)
-            passed(number, denoised, x)
-            number += 1
+            passed(denoised, x)
         return sampling.inverse_noise_scaling(sigmas[-1], x)
 
     def _rate(self, index: int, timestep: float) -> float:
@@ -284,8 +275,13 @@ class _Job:
             return self._settings.first_learning_rate
         return self._settings.learning_rate * LR_BASE ** (1000.0 - timestep)
 
-    def _gradient(self, x: torch.Tensor, rows: torch.Tensor, timestep: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The conditional prediction, and the gradient of the losses of all pictures in the host's coordinates."""
+    def _gradient(
+        self, x: torch.Tensor, rows: torch.Tensor, timestep: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The conditional prediction, and the gradient of the losses of all pictures in the host's coordinates.
+
+        None where no positive prompt acts at this noise level: there is nothing to optimise by.
+        """
         try:
             return self._recorded_pass(x, rows, timestep)
         except OOM_EXCEPTION:
@@ -299,14 +295,19 @@ class _Job:
         soft_empty_cache()
         return self._gradient(x, rows, timestep)
 
-    def _recorded_pass(self, x: torch.Tensor, rows: torch.Tensor, timestep: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _recorded_pass(
+        self, x: torch.Tensor, rows: torch.Tensor, timestep: float
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
         model, others_write = self._guider.inner_model, self._others_write()
         saving = saving_copies(model, on_cpu=False) if others_write else nullcontext()
         blocks = recomputed(model.diffusion_model, others_write) if self._recompute else nullcontext()
         reader = Centralisation(self._hole)
-        with gradients_enabled(), saving, blocks, self._run.read_by(reader):
+        reading = self._run.with_guest(NAME, _ORDER, reader)
+        with gradients_enabled(), saving, blocks, self._run.graph_recorded(), reading:
             leaf = x.clone().requires_grad_()
             (denoised,) = calc_cond_batch(model, [self._positive], leaf, rows.clone(), self._one_device)
+            if not reader.has_read:
+                return None
             weight = balance(timestep, self._known, self._settings.coefficient)
             losses = background_loss(denoised, self._latent, self._known) + weight * reader.loss()
             if not bool(losses.isfinite().all()):
@@ -334,11 +335,11 @@ class _Job:
 
 def _positive_entries(guider: Any) -> list[dict[str, Any]]:
     entries = guider.conds.get("positive")
-    if not entries:
+    if entries is None:
         raise ValueError(
             "PILOT optimises by the positive prompt, and this guider has none: use CFG Guider or Basic Guider."
         )
-    return entries
+    return [entry for entry in entries if entry.get("strength", 1.0) != 0.0]
 
 
 def _require_text_to_image(model: Any) -> None:

@@ -9,25 +9,32 @@ pixels alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 
-from ..core.call_rows import Area, Chunk
+from ..core.call_rows import Area, PromptRows
 from ..core.prompt_tokens import CHUNK
-from ..core.unet_attention import TransformerPlace, attention
+from ..core.protocol import Method, MethodRun, UNetCall
+from ..core.sampling_run import SamplingRun
+from ..core.unet_attention import attention, require_unet
 
 
-@dataclass(frozen=True, eq=False)
-class SemanticBoundary:
-    """Settings. `strength` 0 is the plain model, 1 the paper; percentages are of sampling; `mask` [B, 1, H, W]."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SemanticBoundary(Method):
+    """Settings: those of every method. For models with a Stable Diffusion UNet."""
 
-    strength: float = 1.0
-    start_percent: float = 0.0
-    end_percent: float = 1.0
-    mask: torch.Tensor | None = None
+    name: ClassVar = "Semantic Boundary"
+    order: ClassVar = 100
+
+    def check(self, model: object) -> None:
+        require_unet(model, self.name)
+
+    def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
+        return BoundaryRun(self.strength, hole)
 
 
 def known_cells(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -40,8 +47,8 @@ def known_cells(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return resized < 1.0 - 1e-5
 
 
-class BoundaryState:
-    """What one run of a sampler keeps between UNet calls. `hole` is [B, 1, h, w] on the latent grid."""
+class KnownPixels:
+    """The known pixels of a run's calls, on each grid. `hole` is [B, 1, h, w] on the latent grid."""
 
     def __init__(self, hole: torch.Tensor) -> None:
         # Ordinary tensors, not inference ones: RASG's backward pass goes through the boundary.
@@ -50,64 +57,54 @@ class BoundaryState:
             self._has_hole = self._hole.flatten(1).any(dim=1)
         self._known: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def known(self, chunks: Sequence[Chunk], grid: tuple[int, int], device: torch.device) -> torch.Tensor:
+    def of(self, rows: Sequence[PromptRows], grid: tuple[int, int], device: torch.device) -> torch.Tensor:
         """Bool [rows, pixels, 1]: the known pixels of a call's rows on `grid`; none in pictures that have no hole."""
-        areas: tuple[Area | None, ...] = tuple(chunk.area for chunk in chunks)
+        areas: tuple[Area | None, ...] = tuple(of_prompt.area for of_prompt in rows)
         key = (grid, device, areas)
         if key not in self._known:
             with torch.inference_mode(False):
-                cells = [known_cells(chunk.cut(self._hole), grid).flatten(1) for chunk in chunks]
-                known = torch.cat([of_chunk & self._has_hole[:, None] for of_chunk in cells])
+                cells = [known_cells(of_prompt.cut(self._hole), grid).flatten(1) for of_prompt in rows]
+                known = torch.cat([known & self._has_hole[:, None] for known in cells])
                 self._known[key] = known[..., None].to(device)
         return self._known[key]
 
 
-class BoundaryCall:
-    """Semantic boundary control within one call of the UNet."""
+class BoundaryRun(MethodRun):
+    """Semantic boundary control in one run."""
 
-    def __init__(
-        self,
-        settings: SemanticBoundary,
-        places: Sequence[TransformerPlace],
-        chunks: Sequence[Chunk],
-        text: int,
-        state: BoundaryState,
-    ):
-        """`text` is the number of the context's tokens; what other patches append to it is not text."""
-        self._settings = settings
-        self._places = places
-        self._chunks = chunks
-        self._text = text
-        self._state = state
+    def __init__(self, strength: float, hole: torch.Tensor) -> None:
+        self._strength = strength
+        self._known = KnownPixels(hole)
 
-    def install(self, transformer_options: dict[str, Any]) -> None:
-        """Adds the edit to a call's own `transformer_options`, around every replacement of an attention that is there."""
-        replace = dict(transformer_options.get("patches_replace", {}))
+    def edit(self, call: UNetCall) -> AbstractContextManager[None]:
+        """Adds the edit around every replacement of an attention that is there."""
+        replace = dict(call.options.get("patches_replace", {}))
         attn2 = dict(replace.get("attn2", {}))
-        for t in self._places:
-            attn2[t.place] = self._bounded(attn2.get(t.place, attn2.get(t.place[:2])) or attention)
+        for t in call.places:
+            attn2[t.place] = self._bounded(call, attn2.get(t.place, attn2.get(t.place[:2])) or attention)
         replace["attn2"] = attn2
-        transformer_options["patches_replace"] = replace
+        call.options["patches_replace"] = replace
+        return nullcontext()
 
-    def _bounded(self, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def _bounded(self, call: UNetCall, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def bounded(
             q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
         ) -> torch.Tensor:
             out = attend(q, k, v, extra_options, **kwargs)
             height, width = extra_options["activations_shape"][-2:]
-            known = self._state.known(self._chunks, (height, width), out.device)
+            known = self._known.of(call.rows, (height, width), out.device)
             if out.shape[:2] != known.shape[:2]:
                 raise ValueError(
                     f"Semantic Boundary expected {known.shape[1]} pixels in cross-attention and found {out.shape[1]}: another "
                     "node merges or cuts them; take it or Semantic Boundary out."
                 )
-            silenced = attend(q, k, v * self._weights(v), extra_options, **kwargs)
+            silenced = attend(q, k, v * self._weights(v, call.text_tokens), extra_options, **kwargs)
             return torch.where(known, silenced, out)
 
         return bounded
 
-    def _weights(self, value: torch.Tensor) -> torch.Tensor:
+    def _weights(self, value: torch.Tensor, text: int) -> torch.Tensor:
         """What the values of the tokens are multiplied by at known pixels, [1, tokens, 1]."""
         places = torch.arange(value.shape[1], device=value.device)
-        said = (places % CHUNK != 0) & (places < self._text)
-        return torch.where(said, 1.0 - self._settings.strength, 1.0).to(value.dtype)[None, :, None]
+        said = (places % CHUNK != 0) & (places < text)
+        return torch.where(said, 1.0 - self._strength, 1.0).to(value.dtype)[None, :, None]

@@ -8,41 +8,48 @@ less the second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from ..core.call_rows import Chunk
 from ..core.prompt_tokens import prompt_attention
-from ..core.unet_attention import Place, TransformerPlace, add_patch
-from .semantic_boundary import BoundaryState
+from ..core.protocol import MethodRun, UNetCall
+from ..core.unet_attention import Place, add_patch, use_differentiable_attention
+from .semantic_boundary import KnownPixels
 
 
-class Centralisation:
-    """Reads the loss from the calls of the UNet that make up one evaluation; `hole` is [B, 1, h, w], 0 or 1."""
+class Centralisation(MethodRun):
+    """Reads the loss from the calls of the UNet that make up one evaluation, of which a graph is recorded.
+
+    `hole` is [B, 1, h, w], 0 or 1.
+    """
 
     def __init__(self, hole: torch.Tensor):
-        self._state = BoundaryState(hole)
+        self._known = KnownPixels(hole)
         self._sums: dict[tuple[int, int], tuple[torch.Tensor, int]] = {}
         self._calls = 0
 
-    def install(
-        self, transformer_options: dict[str, Any], places: Sequence[TransformerPlace], chunks: Sequence[Chunk]
-    ) -> None:
-        """Adds the reading patch to the options of one call of the UNet on conditional rows."""
+    def edit(self, call: UNetCall) -> AbstractContextManager[None]:
         self._calls += 1
-        add_patch(transformer_options, "attn2_patch", _Call(self, self._calls, places, chunks).read)
+        add_patch(call.options, "attn2_patch", _Call(self, self._calls, call, self._known).read)
+        use_differentiable_attention(call.options)
+        return nullcontext()
 
-    def add(self, call: int, chunk: int, value: torch.Tensor) -> None:
-        """Notes one layer's difference [B] for one chunk of a call's rows."""
-        total, layers = self._sums.get((call, chunk), (0.0, 0))
-        self._sums[call, chunk] = (total + value, layers + 1)
+    def call_unet(self, call_next: Callable[[UNetCall], torch.Tensor], call: UNetCall) -> torch.Tensor:
+        return call_next(call.ordinary())
 
-    def known(self, chunks: Sequence[Chunk], grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-        """Bool [rows, pixels]: the known pixels of a call's rows."""
-        return self._state.known(chunks, grid, device)[..., 0]
+    def add(self, call: int, prompt: int, value: torch.Tensor) -> None:
+        """Notes one layer's difference [B] for the rows of one prompt of a call."""
+        total, layers = self._sums.get((call, prompt), (0.0, 0))
+        self._sums[call, prompt] = (total + value, layers + 1)
+
+    @property
+    def has_read(self) -> bool:
+        """Whether any prompt acted: one that is limited in time may not."""
+        return bool(self._sums)
 
     def loss(self) -> torch.Tensor:
         """L_sc of each picture, [B]: the mean over layers, and over prompts where there are several."""
@@ -53,14 +60,13 @@ class Centralisation:
 class _Call:
     """One call of the UNet."""
 
-    def __init__(
-        self, reader: Centralisation, number: int, places: Sequence[TransformerPlace], chunks: Sequence[Chunk]
-    ):
+    def __init__(self, reader: Centralisation, number: int, call: UNetCall, known: KnownPixels):
         self._reader = reader
         self._number = number
-        self._cross = {t.place: t.cross for t in places if t.factor > 1}
+        self._cross = {t.place: t.cross for t in call.places if t.factor > 1}
         self._read: set[Place] = set()
-        self._chunks = chunks
+        self._rows = call.rows
+        self._known = known
 
     def read(
         self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
@@ -71,13 +77,13 @@ class _Call:
         if cross is None:
             return n, context, value
         height, width = extra_options["activations_shape"][-2:]
-        known = self._reader.known(self._chunks, (height, width), n.device)
-        rows = len(n) // len(self._chunks)
-        for number, chunk in enumerate(self._chunks):
-            here = slice(number * rows, (number + 1) * rows)
+        known = self._known.of(self._rows, (height, width), n.device)[..., 0]
+        pictures = len(n) // len(self._rows)
+        for number, of_prompt in enumerate(self._rows):
+            here = slice(number * pictures, (number + 1) * pictures)
             query, key = cross.to_q(n[here]), cross.to_k(context[here])
             # What other packs have appended to the context are no tokens of the prompt.
-            words = chunk.tokens.words
+            words = of_prompt.tokens.words
             tokens = F.pad(words, (0, key.shape[1] - words.shape[1])).to(n.device)
             difference = _difference(prompt_attention(query, key, cross.heads, tokens), known[here])
             # Blocks that run again for the backward pass compute it again.

@@ -19,7 +19,7 @@ accuracy = pack_module("evaluation.accuracy")
 judges = pack_module("evaluation.judge")
 triplets = pack_module("training.world.triplets")
 
-QUICK = accuracy.Sampling(steps=2)
+QUICK = accuracy.KSampling(steps=2)
 COMMAND = launch.command("-p", "evaluation.bench_accuracy")
 
 

@@ -137,7 +137,9 @@ def test_the_benchmark_makes_the_pictures_of_the_shipped_graph(server: Client) -
     samplers = [entry["inputs"] for entry in graph.values() if entry["class_type"] == "KSampler"]
     for inputs in samplers:
         inputs["steps"] = 2
-    settings = accuracy.Sampling(2, samplers[0]["cfg"], samplers[0]["sampler_name"], samplers[0]["scheduler"])
+    settings = accuracy.KSampling(
+        steps=2, cfg=samplers[0]["cfg"], sampler=samplers[0]["sampler_name"], scheduler=samplers[0]["scheduler"]
+    )
     eta = titled["RASG: Attention Score Guidance (TrueFill)"][1]["eta"]
     # What the toy scene was drawn from.
     triplet = pack_module("training.world.triplets").make_triplet("dev", TOY_TRIPLET)

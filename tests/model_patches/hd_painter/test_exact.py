@@ -15,7 +15,7 @@ from truefill_testing.scene import Scene, boxes, forget_models, relative_error
 
 import comfy.samplers  # isort: skip
 
-guidance = pack_module("model_patches.core.guidance")
+sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 
@@ -31,9 +31,9 @@ def _no_leftovers():
 def with_guidance(scene: Scene, painta: bool, rasg: bool, eta: float = 0.1, **options):
     model = scene.patcher
     if painta:
-        model = guidance.with_painta(model, PAIntA(**options))
+        model = sampling_run.with_method(model, PAIntA(**options))
     if rasg:
-        model = guidance.with_rasg(model, RASG(eta=eta))
+        model = sampling_run.with_method(model, RASG(eta=eta))
     return model
 
 
@@ -151,8 +151,8 @@ def test_no_hole_is_no_node(inpainting: bool, painta: bool, rasg: bool) -> None:
 def test_strength_0_is_no_node(sampler: str) -> None:
     scene = Scene("sd15", True, True)
     sigmas = scene.sigmas("simple", 3)
-    model = guidance.with_painta(scene.patcher, PAIntA(strength=0.0))
-    model = guidance.with_rasg(model, RASG(strength=0.0))
+    model = sampling_run.with_method(scene.patcher, PAIntA(strength=0.0))
+    model = sampling_run.with_method(model, RASG(strength=0.0))
     assert torch.equal(scene.host(sigmas, model, sampler), scene.host(sigmas, sampler=sampler))
 
 
@@ -190,7 +190,7 @@ def test_eta_0_is_the_deterministic_sampler(v_prediction: bool, painta: bool, ra
 def test_released_sigma(sampler: str) -> None:
     scene = Scene("sd15", True, masked=False)
     sigmas = scene.sigmas("simple", 4)
-    model = guidance.with_rasg(scene.patcher, RASG(eta=0.25, sigma="released"))
+    model = sampling_run.with_method(scene.patcher, RASG(eta=0.25, sigma="released"))
     literal = scene.literal(sigmas, eta=0.25, sigma_choice="released", betas=training_betas(), guidance="rasg")
     ours = scene.host(sigmas, model, sampler)
     assert relative_error(ours, literal.latent) < TOLERANCE
@@ -262,8 +262,8 @@ def test_a_mask_input_overrules_the_masks_of_the_graph() -> None:
     sigmas = scene.sigmas("simple", 3)
     other = boxes((16, 13), (slice(0, 8), slice(0, 13)), (slice(8, 16), slice(2, 13)))
     pixels = torch.nn.functional.interpolate(other, scale_factor=8)[:, 0]
-    model = guidance.with_painta(scene.patcher, PAIntA(mask=pixels))
-    model = guidance.with_rasg(model, RASG(eta=0.1, mask=pixels))
+    model = sampling_run.with_method(scene.patcher, PAIntA(mask=pixels))
+    model = sampling_run.with_method(model, RASG(eta=0.1, mask=pixels))
     literal = scene.literal(sigmas, guided_hole=other, **literal_options(True, True)).latent
     assert relative_error(scene.host(sigmas, model), literal) < TOLERANCE
 

@@ -17,7 +17,7 @@ import comfy.samplers  # isort: skip
 import nodes as host_nodes  # isort: skip
 
 load_pack()
-guidance = pack_module("model_patches.core.guidance")
+sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 
@@ -34,7 +34,7 @@ def scene() -> Scene:
 
 
 def both(model: Any, eta: float = 0.1) -> Any:
-    return guidance.with_rasg(guidance.with_painta(model, PAIntA()), RASG(eta=eta))
+    return sampling_run.with_method(sampling_run.with_method(model, PAIntA()), RASG(eta=eta))
 
 
 def assert_close(value: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -48,8 +48,8 @@ def hooks_on(unet: torch.nn.Module) -> int:
 class TestOrderAndRepetition:
     def test_the_order_of_the_nodes_does_not_matter(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 3)
-        one = guidance.with_rasg(guidance.with_painta(scene.patcher, PAIntA()), RASG(eta=0.1))
-        other = guidance.with_painta(guidance.with_rasg(scene.patcher, RASG(eta=0.1)), PAIntA())
+        one = sampling_run.with_method(sampling_run.with_method(scene.patcher, PAIntA()), RASG(eta=0.1))
+        other = sampling_run.with_method(sampling_run.with_method(scene.patcher, RASG(eta=0.1)), PAIntA())
         assert torch.equal(scene.host(sigmas, one), scene.host(sigmas, other))
 
     def test_twice_is_the_same(self, scene: Scene) -> None:
@@ -62,40 +62,42 @@ class TestOrderAndRepetition:
         before = scene.host(sigmas)
         scene.host(sigmas, both(scene.patcher))
         assert torch.equal(scene.host(sigmas), before)
-        assert guidance.KEY not in scene.patcher.model_options
+        assert sampling_run.KEY not in scene.patcher.model_options
         assert hooks_on(scene.model.diffusion_model) == 0
 
     def test_the_last_of_two_equal_nodes_counts(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 2)
-        twice = guidance.with_painta(guidance.with_painta(scene.patcher, PAIntA()), PAIntA(strength=0.3))
-        once = guidance.with_painta(scene.patcher, PAIntA(strength=0.3))
+        twice = sampling_run.with_method(sampling_run.with_method(scene.patcher, PAIntA()), PAIntA(strength=0.3))
+        once = sampling_run.with_method(scene.patcher, PAIntA(strength=0.3))
         assert torch.equal(scene.host(sigmas, twice), scene.host(sigmas, once))
 
     def test_strength_0_takes_an_earlier_node_back(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 2)
-        model = guidance.with_rasg(guidance.with_painta(both(scene.patcher), PAIntA(strength=0)), RASG(strength=0))
+        model = sampling_run.with_method(
+            sampling_run.with_method(both(scene.patcher), PAIntA(strength=0)), RASG(strength=0)
+        )
         assert torch.equal(scene.host(sigmas, model), scene.host(sigmas))
 
 
 class TestSchedule:
     def test_an_empty_window_of_painta_is_no_node(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 3)
-        model = guidance.with_painta(scene.patcher, PAIntA(start_percent=0.5, end_percent=0.5))
+        model = sampling_run.with_method(scene.patcher, PAIntA(start_percent=0.5, end_percent=0.5))
         assert torch.equal(scene.host(sigmas, model), scene.host(sigmas))
 
     def test_the_window_is_in_percent_of_sampling(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 4)
         first, second = sigmas[:3], sigmas[2:]
-        model = guidance.with_painta(scene.patcher, PAIntA())
+        model = sampling_run.with_method(scene.patcher, PAIntA())
         assert not torch.equal(scene.host(first, model), scene.host(first))
         assert torch.equal(scene.host(second, model), scene.host(second))
-        late = guidance.with_painta(scene.patcher, PAIntA(start_percent=0.5, end_percent=1.0))
+        late = sampling_run.with_method(scene.patcher, PAIntA(start_percent=0.5, end_percent=1.0))
         assert torch.equal(scene.host(first, late), scene.host(first))
         assert not torch.equal(scene.host(second, late), scene.host(second))
 
     def test_outside_its_window_rasg_leaves_the_noise_random(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 3)
-        off = guidance.with_rasg(scene.patcher, RASG(eta=0.3, start_percent=1.0))
+        off = sampling_run.with_method(scene.patcher, RASG(eta=0.3, start_percent=1.0))
         expected = scene.host(sigmas, sampler="euler_ancestral", sampler_options={"eta": 0.3})
         assert torch.equal(scene.host(sigmas, off, "euler_ancestral"), expected)
 
@@ -140,7 +142,7 @@ class TestSamplers:
         means = []
         for strength in (1e-9, 1.0):
             seen.clear()
-            model = guidance.with_rasg(scene.patcher, RASG(eta=0.8, strength=strength))
+            model = sampling_run.with_method(scene.patcher, RASG(eta=0.8, strength=strength))
             assert scene.host(sigmas, model, sampler).isfinite().all()
             means.append(float(torch.stack(seen[1:]).mean()))
         random, pulled = means
@@ -151,19 +153,19 @@ class TestSamplers:
         scene = Scene("sd15", True, False, torch.float32, hole=hole)
         sigmas = scene.sigmas("simple", 3)
         random = scene.host(sigmas, sampler="euler_ancestral", sampler_options={"eta": 0.3})
-        guided = scene.host(sigmas, guidance.with_rasg(scene.patcher, RASG(eta=0.3)), "euler_ancestral")
+        guided = scene.host(sigmas, sampling_run.with_method(scene.patcher, RASG(eta=0.3)), "euler_ancestral")
         assert relative_error(guided[1:], random[1:]) < 1e-4
         assert relative_error(guided[:1], random[:1]) > 1e-2
 
     def test_a_deterministic_sampler_is_refused_in_one_sentence(self, scene: Scene) -> None:
-        model = guidance.with_rasg(scene.patcher, RASG())
+        model = sampling_run.with_method(scene.patcher, RASG())
         with pytest.raises(ValueError, match=r"'heun' adds none: choose euler, ddim") as refused:
             scene.host(scene.sigmas("simple", 2), model, "heun")
         assert "\n" not in str(refused.value)
 
     def test_painta_works_with_a_deterministic_sampler(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 3)
-        model = guidance.with_painta(scene.patcher, PAIntA())
+        model = sampling_run.with_method(scene.patcher, PAIntA())
         assert not torch.equal(scene.host(sigmas, model, "heun"), scene.host(sigmas, sampler="heun"))
 
     def test_the_hosts_sampler_nodes_agree(self, scene: Scene) -> None:
@@ -328,7 +330,7 @@ class TestOtherPatches:
 
     def test_a_pass_of_the_negative_prompt_alone_does_not_split_the_others(self, scene: Scene) -> None:
         """SAG evaluates the negative prompt by itself at each step; the two halves of CFG stay in one call."""
-        model = guidance.with_painta(self.others()["SelfAttentionGuidance"](scene.patcher), PAIntA()).clone()
+        model = sampling_run.with_method(self.others()["SelfAttentionGuidance"](scene.patcher), PAIntA()).clone()
         rows: list[list[int]] = []
 
         def note(executor, x, timesteps, context, y, control, transformer_options, **kwargs):
@@ -349,9 +351,9 @@ class TestOtherPatches:
         theirs = scene.patcher.clone()
         theirs.set_model_attn1_replace(halved, "input", 7)
         sigmas = scene.sigmas("simple", 2)
-        before = scene.host(sigmas, guidance.with_painta(theirs, PAIntA()))
+        before = scene.host(sigmas, sampling_run.with_method(theirs, PAIntA()))
         assert set(calls) == {("input", 7)}
-        after = guidance.with_painta(scene.patcher, PAIntA())
+        after = sampling_run.with_method(scene.patcher, PAIntA())
         after.set_model_attn1_replace(halved, "input", 7)
         assert torch.equal(scene.host(sigmas, after), before)
 
@@ -378,8 +380,8 @@ class TestOtherPatches:
         model = scene.patcher.clone()
         model.set_model_attn1_patch(append)
         sigmas = scene.sigmas("simple", 2)
-        out = scene.host(sigmas, guidance.with_painta(model, PAIntA()))
-        assert relative_error(out, scene.host(sigmas, guidance.with_painta(scene.patcher, PAIntA()))) > 1e-3
+        out = scene.host(sigmas, sampling_run.with_method(model, PAIntA()))
+        assert relative_error(out, scene.host(sigmas, sampling_run.with_method(scene.patcher, PAIntA()))) > 1e-3
         assert relative_error(out, scene.host(sigmas, model)) > 1e-3
 
     def test_an_attention_override_stays_in_use(self, scene: Scene) -> None:
@@ -411,7 +413,7 @@ class TestOtherPatches:
         sigmas = scene.sigmas("simple", 2)
         results = []
         for patch in (in_place, apart):
-            model = guidance.with_rasg(scene.patcher, RASG(eta=0.5)).clone()
+            model = sampling_run.with_method(scene.patcher, RASG(eta=0.5)).clone()
             model.set_model_output_block_patch(patch)
             results.append(scene.host(sigmas, model))
         assert_close(*results)
@@ -466,7 +468,7 @@ class TestErrors:
             return saving_copies(module, on_cpu)
 
         monkeypatch.setattr(rasg.RASGCall, "_gradient", too_big)
-        monkeypatch.setattr(pack_module("model_patches.core.sampling_run"), "saving_copies", note)
+        monkeypatch.setattr(rasg, "saving_copies", note)
         assert_close(scene.host(sigmas, model), expected, 1e-5)
         assert where == [True] * 3
 
@@ -477,9 +479,9 @@ class TestErrors:
         class Patcher:
             model = Flux()
 
-        for node in (guidance.with_painta, guidance.with_rasg):
+        for settings in (PAIntA(), RASG()):
             with pytest.raises(ValueError, match=r"SD1\.5, SD2 and SDXL checkpoints.*this MODEL is Flux") as refused:
-                node(Patcher(), PAIntA() if node is guidance.with_painta else RASG())
+                sampling_run.with_method(Patcher(), settings)
             assert "\n" not in str(refused.value)
 
     def test_a_compiled_model_is_refused(self, scene: Scene) -> None:
@@ -492,7 +494,7 @@ class TestErrors:
     @pytest.mark.parametrize("shape", [(0, 8, 8), (5,)])
     def test_a_mask_that_is_none_is_refused(self, scene: Scene, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="mask"):
-            guidance.with_painta(scene.patcher, PAIntA(mask=torch.ones(shape)))
+            sampling_run.with_method(scene.patcher, PAIntA(mask=torch.ones(shape)))
 
 
 class TestPrecision:

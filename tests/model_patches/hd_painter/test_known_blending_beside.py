@@ -21,7 +21,7 @@ from truefill_testing.known_scene import (
     literal_of,
     masked,
     plain_of,
-    with_rasg,
+    with_method,
 )
 from truefill_testing.literal_sampling import alpha_bar, nearest_timestep
 from truefill_testing.scene import randn
@@ -167,7 +167,7 @@ def test_next_to_rasg(known_first: bool) -> None:
     """RASG turns euler into its stochastic form; with next to nothing of its gradient that is eq. 3 with random noise."""
     scene = Scene("sd15")
     rasg = RASG(strength=1e-9, eta=0.5, mask=scene.mask)
-    model = with_rasg(scene.patched(), rasg) if known_first else scene.patched(with_rasg(scene.patcher, rasg))
+    model = with_method(scene.patched(), rasg) if known_first else scene.patched(with_method(scene.patcher, rasg))
     literal = scene.literal(eta=0.5, noises=scene.default_noises(5))
     previews = Previews()
     assert_same(scene.host(model, callback=previews), literal.x0, masked(scene), ROUNDING)

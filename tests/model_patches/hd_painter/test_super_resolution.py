@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,9 +54,9 @@ class AreaVAE:
 def x4(steps: int = 2) -> tuple[Any, Any]:
     image = torch.zeros(1, 8, 8, 3)
     positive, negative = upscaler_conditioning(image, 0, seed=1)
-    return upscaling.Diffusion(small_upscaler(), positive, negative, AreaVAE(4)), upscaling.Sampling(
-        steps=steps, seed=3
-    )
+    return upscaling.Diffusion(
+        model=small_upscaler(), positive=positive, negative=negative, vae=AreaVAE(4)
+    ), upscaling.UpscaleSampling(steps=steps, seed=3)
 
 
 def pictures(count: int, height: int, width: int, channels: int = 3) -> torch.Tensor:
@@ -79,7 +80,7 @@ def pointwise(diffusion: Any, calls: list[dict[str, Any]]) -> Any:
 
     model = diffusion.model.clone()
     model.set_model_unet_function_wrapper(predict)
-    return upscaling.Diffusion(model, diffusion.positive, diffusion.negative, diffusion.vae)
+    return replace(diffusion, model=model)
 
 
 def test_an_all_hole_picture_in_one_tile_is_the_hosts_plain_x4_sampling() -> None:
@@ -190,7 +191,7 @@ def test_the_upscaler_is_shown_the_small_picture_itself_and_the_noise_level() ->
         torch.ones(1, 128, 160),
         pointwise(diffusion, calls),
         None,
-        upscaling.Sampling(steps=1, noise_level=0),
+        upscaling.UpscaleSampling(steps=1, noise_level=0),
         upscaling.Layout(tile=0),
     )
     assert torch.equal(calls[0]["c_concat"][:1], low.movedim(-1, 1) * 2 - 1) and set(calls[0]["y"].tolist()) == {0}
@@ -213,7 +214,7 @@ def test_each_picture_of_a_batch_is_made_as_if_alone_with_the_next_seed() -> Non
             mask[index : index + 1],
             diffusion,
             None,
-            upscaling.Sampling(steps=2, seed=3 + index),
+            upscaling.UpscaleSampling(steps=2, seed=3 + index),
         )
         assert torch.equal(together[index : index + 1], alone)
     assert torch.equal(upscaling.upscale_hole(picture, low, mask, diffusion, None, sampling), together)
@@ -221,21 +222,21 @@ def test_each_picture_of_a_batch_is_made_as_if_alone_with_the_next_seed() -> Non
 
 def img2img() -> Any:
     side = small_conditioning("sd15", 1), small_conditioning("sd15", 2)
-    return upscaling.Diffusion(small_model("sd15", False), *side, AreaVAE(8))
+    return upscaling.Diffusion(model=small_model("sd15", False), positive=side[0], negative=side[1], vae=AreaVAE(8))
 
 
 def test_another_model_starts_from_the_enlarged_picture() -> None:
     # Cells of one colour: enlarged, encoded and decoded they come back.
     low = pictures(1, 12, 16)
     picture, mask = pictures(1, 96, 128), square(96, 128, 24, 32, 48)
-    exact = upscaling.Sampling(steps=3, denoise=0.0)
+    exact = upscaling.UpscaleSampling(steps=3, denoise=0.0)
     result = upscaling.upscale_hole(picture, low, mask, img2img(), None, exact, upscaling.Layout(expand=16), OFF)
     expected = F.interpolate(low.movedim(-1, 1), scale_factor=8, mode="bicubic", antialias=True)
     expected = F.avg_pool2d(expected.clamp(0, 1), 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
     inside = square(96, 128, 40, 48, 16)[0] > 0
     assert (result[0][inside] - expected[0].movedim(0, -1)[inside]).abs().max() < 0.05
     changed = upscaling.upscale_hole(
-        picture, low, mask, img2img(), None, upscaling.Sampling(steps=3, denoise=0.7), upscaling.Layout(), OFF
+        picture, low, mask, img2img(), None, upscaling.UpscaleSampling(steps=3, denoise=0.7), upscaling.Layout(), OFF
     )
     assert (changed[0][inside] - result[0][inside]).abs().mean() > 0.05
 
@@ -243,10 +244,12 @@ def test_another_model_starts_from_the_enlarged_picture() -> None:
 def test_an_inpainting_model_is_given_the_hole_and_its_surroundings() -> None:
     side = small_conditioning("sd15", 1), small_conditioning("sd15", 2)
     calls: list[dict[str, Any]] = []
-    diffusion = pointwise(upscaling.Diffusion(small_model("sd15", True), *side, AreaVAE(8)), calls)
+    diffusion = pointwise(
+        upscaling.Diffusion(model=small_model("sd15", True), positive=side[0], negative=side[1], vae=AreaVAE(8)), calls
+    )
     picture, mask = pictures(1, 192, 256), square(192, 256, 64, 96, 64)
     upscaling.upscale_hole(
-        picture, pictures(1, 48, 64), mask, diffusion, None, upscaling.Sampling(steps=2, denoise=0.6)
+        picture, pictures(1, 48, 64), mask, diffusion, None, upscaling.UpscaleSampling(steps=2, denoise=0.6)
     )
     hole, around = calls[0]["c_concat"][:1, :1], calls[0]["c_concat"][:1, 1:]
     assert set(hole.unique().tolist()) == {0.0, 1.0} and (hole[..., 9:15, 13:19] == 1).all()
@@ -271,7 +274,7 @@ class Nearest:
 def test_an_upscale_model_alone_fills_the_hole_with_what_it_makes() -> None:
     picture, low, mask = pictures(1, 64, 96), pictures(1, 32, 48), square(64, 96, 20, 30, 24)
     result = upscaling.upscale_hole(
-        picture, low, mask, None, Nearest(), upscaling.Sampling(), upscaling.Layout(expand=0), OFF
+        picture, low, mask, None, Nearest(), upscaling.UpscaleSampling(), upscaling.Layout(expand=0), OFF
     )
     wanted = torch.where(mask[..., None] > 0, low.repeat_interleave(2, 1).repeat_interleave(2, 2), picture)
     assert (result - wanted).abs().max() < 1e-6
@@ -282,7 +285,7 @@ def test_an_upscale_model_alone_fills_the_hole_with_what_it_makes() -> None:
     [
         (lambda d: {"diffusion": None}, "connect Stable Diffusion's x4 upscaler"),
         (lambda d: {"upscale_model": Nearest()}, "disconnect"),
-        (lambda d: {"diffusion": upscaling.Diffusion(d.model, d.positive, d.negative, AreaVAE(8))}, "VAE"),
+        (lambda d: {"diffusion": replace(d, vae=AreaVAE(8))}, "VAE"),
         (lambda d: {"pictures": pictures(1, 64, 64) * torch.nan}, "NaN"),
         (lambda d: {"low": pictures(1, 16, 16)[..., :2]}, "The inpainted picture has the shape"),
         (lambda d: {"pictures": pictures(3, 64, 64), "low": pictures(2, 16, 16)}, "3 pictures, 2 inpainted"),
@@ -325,7 +328,7 @@ def test_nothing_is_left_on_the_model_after_a_run_or_an_error() -> None:
 
     broken = model.clone()
     broken.set_model_unet_function_wrapper(fail)
-    changed = upscaling.Diffusion(broken, diffusion.positive, diffusion.negative, diffusion.vae)
+    changed = replace(diffusion, model=broken)
     with pytest.raises(RuntimeError, match="out of luck"):
         upscaling.upscale_hole(picture, low, mask, changed, None, sampling)
     assert state() == before

@@ -17,7 +17,7 @@ from truefill_testing.scene import Scene, boxes, exact_unet, relative_error
 
 import comfy.samplers  # isort: skip
 
-guidance = pack_module("model_patches.core.guidance")
+sampling_run = pack_module("model_patches.core.sampling_run")
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
 
 
@@ -151,7 +151,7 @@ def test_a_long_interval_is_plain_sampling_with_the_boundary() -> None:
     sigmas = scene.sigmas("simple", 4)
     for strength in (1.0, 0.0):
         ours = scene.host(sigmas, sampler=sampler(interval=5, boundary=strength, mask=HOLE))
-        model = guidance.with_boundary(scene.patcher, SemanticBoundary(strength, mask=HOLE))
+        model = sampling_run.with_method(scene.patcher, SemanticBoundary(strength=strength, mask=HOLE))
         assert relative_error(ours, scene.host(sigmas, model)) < 1e-5
     assert relative_error(ours, scene.host(sigmas, sampler=sampler(interval=4, mask=HOLE))) > 1e-4
 

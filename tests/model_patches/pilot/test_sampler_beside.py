@@ -17,7 +17,7 @@ from truefill_testing.scene import Scene, relative_error
 
 import comfy.model_management  # isort: skip
 
-guidance = pack_module("model_patches.core.guidance")
+sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
@@ -169,20 +169,20 @@ class TestBesideOthers:
     def test_painta_takes_part_in_any_order(self, first: str) -> None:
         scene = scene_of()
         sigmas = scene.sigmas("simple", 2)
-        model = guidance.with_painta(scene.patcher, PAIntA(end_percent=1.0))
+        model = sampling_run.with_method(scene.patcher, PAIntA(end_percent=1.0))
         ours = scene.host(sigmas, model, sampler=sampler(**TWO_AT_EACH))
         assert relative_error(ours, scene.host(sigmas, sampler=sampler(**TWO_AT_EACH))) > 1e-3
         if first == "painta":
-            model = guidance.with_boundary(model, SemanticBoundary(mask=HOLE))
+            model = sampling_run.with_method(model, SemanticBoundary(mask=HOLE))
         else:
-            model = guidance.with_boundary(scene.patcher, SemanticBoundary(mask=HOLE))
-            model = guidance.with_painta(model, PAIntA(end_percent=1.0))
+            model = sampling_run.with_method(scene.patcher, SemanticBoundary(mask=HOLE))
+            model = sampling_run.with_method(model, PAIntA(end_percent=1.0))
         assert torch.equal(scene.host(sigmas, model, sampler=sampler(**TWO_AT_EACH)), ours)
 
     def test_the_nodes_boundary_counts_if_there_is_one(self) -> None:
         scene = scene_of()
         sigmas = scene.sigmas("simple", 2)
-        model = guidance.with_boundary(scene.patcher, SemanticBoundary(0.4, mask=HOLE))
+        model = sampling_run.with_method(scene.patcher, SemanticBoundary(strength=0.4, mask=HOLE))
         results = [
             scene.host(sigmas, model, sampler=sampler(**TWO_AT_EACH, boundary=strength)) for strength in (1.0, 0.0)
         ]
@@ -271,7 +271,7 @@ class TestMemory:
         scene = scene_of(family="sdxl" if beside == "nothing" else "sd15")
         model = scene.patcher
         if beside == "painta":
-            model = guidance.with_painta(model, PAIntA(end_percent=1.0))
+            model = sampling_run.with_method(model, PAIntA(end_percent=1.0))
         elif beside == "controlnet":
             scene.add_controlnet()
         elif beside == "a pack that writes":
@@ -381,12 +381,15 @@ class TestErrors:
     def test_rasg_has_no_noise_to_replace(self) -> None:
         scene = scene_of()
         with pytest.raises(ValueError, match="RASG cannot change the noise of PILOTSampler"):
-            self.run(scene, guidance.with_rasg(scene.patcher, RASG(eta=0.1)))
+            self.run(scene, sampling_run.with_method(scene.patcher, RASG(eta=0.1)))
 
     def test_the_vae_of_another_model(self) -> None:
         scene, boxed = scene_of(), pack_module("model_patches.pilot.inpaint")
         parts = pack_module("model_patches.core.diffusion").Diffusion(
-            scene.patcher, scene.positive, scene.negative, SimpleNamespace(latent_channels=16)
+            model=scene.patcher,
+            positive=scene.positive,
+            negative=scene.negative,
+            vae=SimpleNamespace(latent_channels=16),
         )
         with pytest.raises(
             ValueError, match=r"VAE makes latents of 16 channels, and the model takes 4: connect the VAE"

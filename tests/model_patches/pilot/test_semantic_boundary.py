@@ -13,7 +13,7 @@ from truefill_testing.literal_sampling import PaintaSettings
 from truefill_testing.scene import Scene, boxes, forget_models, relative_error
 
 boundary = pack_module("model_patches.pilot.semantic_boundary")
-guidance = pack_module("model_patches.core.guidance")
+sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 SemanticBoundary = boundary.SemanticBoundary
@@ -28,7 +28,7 @@ def _no_leftovers():
 
 
 def bounded(model: Any, **settings: Any) -> Any:
-    return guidance.with_boundary(model, SemanticBoundary(**settings))
+    return sampling_run.with_method(model, SemanticBoundary(**settings))
 
 
 def error(scene: Scene, sigmas: torch.Tensor, model: Any, **literal: Any) -> float:
@@ -57,10 +57,10 @@ def test_together_with_painta_and_rasg_in_any_order(rasg: bool) -> None:
     scene = Scene("sd15", False, True)
     sigmas = scene.sigmas("simple", 4)
     literal: dict[str, Any] = {"boundary": 1.0, "painta": PaintaSettings()}
-    one = bounded(guidance.with_painta(scene.patcher, PAIntA()))
-    other = guidance.with_painta(bounded(scene.patcher), PAIntA())
+    one = bounded(sampling_run.with_method(scene.patcher, PAIntA()))
+    other = sampling_run.with_method(bounded(scene.patcher), PAIntA())
     if rasg:
-        one, other = (guidance.with_rasg(model, RASG(eta=0.1)) for model in (one, other))
+        one, other = (sampling_run.with_method(model, RASG(eta=0.1)) for model in (one, other))
         literal |= {"guidance": "rasg", "eta": 0.1}
     assert error(scene, sigmas, one, **literal) < TOLERANCE
     assert torch.equal(scene.host(sigmas, one), scene.host(sigmas, other))

@@ -22,7 +22,7 @@ import comfy.samplers  # isort: skip
 from comfy.k_diffusion import sampling as k_diffusion  # isort: skip
 
 with_known = pack_module("model_patches.hd_painter.known_blending").with_known
-with_rasg = pack_module("model_patches.core.guidance").with_rasg
+with_method = pack_module("model_patches.core.sampling_run").with_method
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 
 TOLERANCE = 1e-5
