@@ -6,9 +6,10 @@ from typing import Any, Literal, get_args
 
 from comfy_api.latest import io
 
+from ..imaging.masks import log_noise
 from ..model_patches.core.diffusion import Diffusion, Sampling
 from ..model_patches.core.sampling_run import with_method
-from ..model_patches.pilot.inpaint import inpaint
+from ..model_patches.pilot.inpaint import Under, inpaint
 from ..model_patches.pilot.sampler import PILOT, Memory, pilot_sampler
 from ..model_patches.pilot.semantic_boundary import SemanticBoundary
 from .announce import announcer
@@ -251,6 +252,15 @@ class TrueFillPILOT(io.ComfyNode):
                     max=512,
                     tooltip="Width in pixels of a soft edge outside of the hole, in which new and old are mixed.",
                 ),
+                io.Combo.Input(
+                    "under_hole",
+                    options=list(get_args(Under)),
+                    default="blurred",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the VAE sees in the hole, since it sees across the edge. blurred: the colors around it. "
+                    "original: what the picture shows there, as in the authors' code.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(tooltip="The whole picture's latent, before the known pixels are put back."),
@@ -273,8 +283,10 @@ class TrueFillPILOT(io.ComfyNode):
         cfg: float,
         scheduler: str,
         feather: int,
+        under_hole: Under = "blurred",
         **method: Any,
     ) -> io.NodeOutput:
+        log_noise("PILOT", mask=mask)
         latent, pictures = inpaint(
             image,
             mask,
@@ -282,6 +294,7 @@ class TrueFillPILOT(io.ComfyNode):
             Sampling(seed=seed, steps=steps, cfg=cfg, scheduler=scheduler),
             _pilot(**method),
             feather,
+            under_hole,
             announcer(cls.hidden.unique_id),
         )
         return io.NodeOutput({"samples": latent}, pictures)

@@ -21,9 +21,10 @@ import node_helpers
 import torch
 import torch.nn.functional as F
 
-from ...imaging.harmonise import POISSON, Harmony
+from ...imaging.harmonize import POISSON, Harmony
 from ...imaging.masks import resize_mask
-from ...imaging.region import Region, check_pictures, stitch
+from ...imaging.pictures import check_pictures, common_count
+from ...imaging.region import Region, stitch
 from ...imaging.region_plan import Box
 from ...imaging.super_resolution import Workplace, find_workplace, widened
 from ..core.diffusion import Diffusion, Sampling
@@ -74,23 +75,18 @@ def upscale_hole(
 ) -> torch.Tensor:
     """Fills the hole of large pictures with what smaller, inpainted pictures of the same show there.
 
-    `pictures` are [B, H, W, 3 or 4] in [0, 1], `low` [B, h, w, 3 or 4] of any size, `mask` [B, H, W] of any size, every value
-    above 0 being hole; each count is 1 or the largest. `diffusion` makes the detail; `upscale_model` enlarges `low` for a model
+    `pictures` are [B, H, W, 3 or 4] in [0, 1], `low` [B, h, w, 3 or 4] of any size, `mask` is as for `as_mask_batch`, of any
+    size; each count is 1 or the largest. `diffusion` makes the detail; `upscale_model` enlarges `low` for a model
     that isn't the x4 upscaler, or by itself. `announce` is told what will be computed and how much memory that takes.
 
     Returns [B, H, W, C]: the pictures bit for bit where the hole, widened by `layout.expand` pixels, is not. Each picture
     has noise of its own. Raises ValueError for counts and models that don't go together, and for pictures that are none.
     """
-    check_pictures(pictures, "The picture")
-    check_pictures(low, "The inpainted picture")
-    count = max(len(pictures), len(low), len(mask))
-    if {len(pictures), len(low), len(mask)} - {1, count}:
-        raise ValueError(
-            f"{len(pictures)} pictures, {len(low)} inpainted ones and {len(mask)} masks don't go together: each count must be 1 "
-            "or the largest of them."
-        )
-    engine = _engine(diffusion, upscale_model, sampling)
+    check_pictures(pictures, "'image'")
+    check_pictures(low, "'inpainted'")
     holes = widened(resize_mask(mask, pictures.shape[1:3])[:, 0].to(pictures.device), layout.expand)
+    count = common_count(image=len(pictures), inpainted=len(low), mask=len(holes))
+    engine = _engine(diffusion, upscale_model, sampling)
     jobs = []
     for index in range(count):
         hole = holes[index % len(holes)][None]
