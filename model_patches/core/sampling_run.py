@@ -127,6 +127,7 @@ class SamplingRun:
         self._noise, self._latent_image, self._denoise_mask = noise, latent_image, denoise_mask
         self._latent_size = (noise.shape[-2], noise.shape[-1])
         self._guests: dict[str, _Guest] = {}
+        self._holes: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         self._places: dict[int, list[TransformerPlace]] = {}
         self._ordinary_weights: set[int] = set()
         self._held_edits: ExitStack | None = None
@@ -164,7 +165,9 @@ class SamplingRun:
 
         Raises ValueError, which names `who`, where none of them has a mask.
         """
-        return hole_on_latent(mask, self._guider, self._noise, self._denoise_mask, who)
+        if id(mask) not in self._holes:
+            self._holes[id(mask)] = mask, hole_on_latent(mask, self._guider, self._noise, self._denoise_mask, who)
+        return self._holes[id(mask)][1]
 
     def require_finite(self, who: str) -> None:
         """Raises ValueError, in one sentence that begins with `who`, where the latents it starts from are not finite."""

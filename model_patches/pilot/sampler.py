@@ -52,7 +52,7 @@ GRAPH_ELEMENTS = {"SD": 110_000, "SDXL": 290_000}
 Memory = Literal["auto", "record", "recompute"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class PILOT:
     """Settings, with the released defaults for text prompts.
 
