@@ -127,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         help="compute the literal forms' answers anew instead of reading the kept ones",
     )
     add("lint", _lint, "Check style, format and types (ruff, basedpyright).")
-    bench = add("bench", _bench, "Run evaluation/bench_NAME.py; further arguments go to it.")
+    bench = add(
+        "bench", _bench, "Run evaluation/bench_NAME.py; further arguments go to it: -h after the name lists them."
+    )
     bench.add_argument("name", nargs="?", default="attention", help="which benchmark (default: attention)")
     bench.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     add("train", _train, "Train a stage of the demo models (vae, text2image, ...); -h after the stage lists options.")
@@ -139,9 +141,13 @@ def _parser() -> argparse.ArgumentParser:
 def _options(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command with its own options, and what goes to the program that it runs."""
     command, rest = arguments[:1], arguments[1:]
-    if command not in (["test"], ["train"]) or rest in (["-h"], ["--help"]):
+    if command not in (["test"], ["train"], ["bench"]) or rest in (["-h"], ["--help"]):
         return parser.parse_known_args(arguments)
-    # argparse would take pytest's and the training's options for mistakes of its own.
+    # argparse would take others' options for its own, or for mistakes.
+    if command == ["bench"]:
+        own = [name for name in rest if name not in ("-h", "--help")]
+        options, others = parser.parse_known_args([*command, *own])
+        return options, [*others, *(name for name in rest if name not in own)]
     own = [name for name in rest if command == ["test"] and name in ("--quick", "--oracles")]
     return parser.parse_args([*command, *own]), [name for name in rest if name not in own]
 

@@ -36,7 +36,7 @@ def match_color(
     """Shifts the colors of `source` inside the hole by what its surroundings are off from `destination`.
 
     `source` and `destination` are [B, C, H, W] in [0, 1], `mask` is as for `as_mask_batch`; a batch of 1 goes with every
-    picture. The hole is all of the mask above its noise, however grey. `source` is a whole generated picture: it shows the
+    picture. The hole is all of the mask above its noise, however gray. `source` is a whole generated picture: it shows the
     known content outside of the hole too, in its own tone. Statistics come from the band alone: the known pixels no farther
     than `band` pixels (Euclidean, centre to centre) from the nearest pixel of the hole. The map that takes the source's
     statistics there to the destination's is applied to the source inside the hole:

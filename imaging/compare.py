@@ -68,7 +68,7 @@ def compare(
     """Compares pictures [B, H, W, 3 or 4], as they are seen: values outside of [0, 1] count as 0 or 1, NaN as 0.
 
     A pixel's difference is that of its channel that differs most, alpha included; a picture without alpha is opaque. The mask
-    is as for `resize_mask`, of any size; all of its hole is inside, however grey. A batch of 1 goes with every picture of a
+    is as for `resize_mask`, of any size; all of its hole is inside, however gray. A batch of 1 goes with every picture of a
     longer one.
 
     Returns the heat map [B, H, W, 3] in [0, 1] (`heat_map`) and each picture's figures. Raises ValueError for pictures of

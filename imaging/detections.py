@@ -1,7 +1,8 @@
-"""What a detector found in a picture: which of it counts, and a picture that shows it."""
+"""What a detector found in pictures: which of it counts, how graphs hand it around, and a picture that shows it."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ Pick = Literal["all", "best", "largest", "smallest", "by index"]
 PICKS: tuple[Pick, ...] = get_args(Pick)
 
 _TINT = (0.3, 0.7, 1.0)
-_COLOURS = ("#ff5050", "#50c8ff", "#ffd23c", "#78e678", "#c896ff", "#ffa0c8")
+_COLORS = ("#ff5050", "#50c8ff", "#ffd23c", "#78e678", "#c896ff", "#ffa0c8")
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Detection:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which detections count.
+    """Which detections count, of those with an area.
 
-    `threshold`: the least score. `overlap`: of two boxes that share more (intersection over union) the better one stays.
-    `smallest` and `largest`: areas as shares of the picture. Then `pick`: of "all" the `count` best, "by index" the one at
-    that place in the order of the scores, from 0.
+    `threshold`: the score that one must be above. `overlap`: of two boxes that share more (intersection over union) the better
+    one stays. `smallest` and `largest`: areas as shares of the picture. Then `pick`: of "all" the `count` best, "by index" the
+    one at that place in the order of the scores, from 0.
     """
 
     threshold: float = 0.3
@@ -64,7 +65,9 @@ class Choice:
         kept = [
             one
             for one in sorted(found, key=lambda one: -one.score)
-            if one.score > self.threshold and self.smallest * pixels <= one.area <= self.largest * pixels
+            if one.score > self.threshold
+            and one.area > 0.0
+            and self.smallest * pixels <= one.area <= self.largest * pixels
         ]
         if kept:
             boxes = torch.tensor([one.box for one in kept], dtype=torch.float32)
@@ -76,6 +79,33 @@ class Choice:
             return kept[: self.count]
         order = {"best": lambda one: one.score, "largest": lambda one: one.area, "smallest": lambda one: -one.area}
         return [max(kept, key=order[self.pick])] if kept else []
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a search for some phrases found in each picture of a batch, and that as graphs hand it around."""
+
+    phrases: Sequence[str]
+    each: Sequence[Sequence[Detection]]
+
+    @property
+    def boxes(self) -> list[list[dict[str, float | str]]]:
+        """For each picture a list of the host's BOUNDING_BOX."""
+        return [[one.bounding_box for one in found] for found in self.each]
+
+    @property
+    def labels(self) -> str:
+        """For each picture a list of phrases, as JSON."""
+        return json.dumps([[one.label for one in found] for found in self.each])
+
+    @property
+    def scores(self) -> str:
+        """For each picture a list of scores, as JSON, with four digits."""
+        return json.dumps([[round(one.score, 4) for one in found] for found in self.each])
+
+    def preview(self, pictures: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """The first of the pictures [B, H, W, C] as `shown` draws it, with the first of the masks [B, H, W]."""
+        return shown(pictures[0], self.each[0], self.phrases, None if masks is None else masks[0])
 
 
 def split_phrases(text: str) -> list[str]:
@@ -93,21 +123,21 @@ def shown(
     picture: torch.Tensor, found: Sequence[Detection], phrases: Sequence[str], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """A picture [H, W, C] in [0, 1] with the boxes, labels and scores drawn on it, [1, H, W, 3]; a mask [H, W] tints it."""
-    colours = picture[..., :3].cpu().clamp(0.0, 1.0)
+    colors = picture[..., :3].cpu().clamp(0.0, 1.0)
     if mask is not None:
-        colours = torch.lerp(colours, colours.new_tensor(_TINT), 0.5 * mask.to(colours)[..., None])
-    pixels = (colours * 255.0).round().to(torch.uint8).numpy()
+        colors = torch.lerp(colors, colors.new_tensor(_TINT), 0.5 * mask.to(colors)[..., None])
+    pixels = (colors * 255.0).round().to(torch.uint8).numpy()
     image = Image.fromarray(np.ascontiguousarray(pixels))
     pen = ImageDraw.Draw(image)
     unit = max(min(image.size) // 200, 1)
     font = ImageFont.load_default(10.0 + 4 * unit)
     for one in found:
         label = one.label
-        colour = _COLOURS[phrases.index(label) % len(_COLOURS)] if label in phrases else _COLOURS[0]
-        pen.rectangle(one.box, outline=colour, width=1 + unit)
-        _write(pen, (one.box[0], one.box[1]), f"{label} {one.score:.2f}", colour, font)
+        color = _COLORS[phrases.index(label) % len(_COLORS)] if label in phrases else _COLORS[0]
+        pen.rectangle(one.box, outline=color, width=1 + unit)
+        _write(pen, (one.box[0], one.box[1]), f"{label} {one.score:.2f}", color, font)
     if not found:
-        _write(pen, (0, 0), f"nothing found: {', '.join(phrases)}", _COLOURS[0], font)
+        _write(pen, (0, 0), f"nothing found: {', '.join(phrases)}", _COLORS[0], font)
     return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255.0
 
 
@@ -115,8 +145,8 @@ def _write(
     pen: ImageDraw.ImageDraw,
     place: tuple[float, float],
     text: str,
-    colour: str,
+    color: str,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    pen.rectangle(pen.textbbox(place, text, font=font), fill=colour)
+    pen.rectangle(pen.textbbox(place, text, font=font), fill=color)
     pen.text(place, text, fill="black", font=font)

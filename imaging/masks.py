@@ -1,14 +1,14 @@
 """Masks: what of them is hole, and the hole on the grids that a model works on. 1 is hole, 0 is known.
 
-What grey means, in the whole pack:
+What gray means, in the whole pack:
 
 - Values up to 2/255 are the noise of soft mask models and count as known. Everything above is hole.
-- Where new and old pixels are mixed (stitching, Harmonize, Fill Hole, blending in known latents), a grey value is the weight of
+- Where new and old pixels are mixed (stitching, Harmonize, Fill Hole, blending in known latents), a gray value is the weight of
   the new.
-- Where a soft edge is added or a hole is put on a grid, all of the hole counts alike, however grey it is. So it does where
+- Where a soft edge is added or a hole is put on a grid, all of the hole counts alike, however gray it is. So it does where
   only its place matters: regions, boxes, hulls, specks and islands, colours and gradients around it, figures inside and outside.
-- Growing and shrinking move grey as it is.
-- A second, white hole elsewhere changes nothing about a grey one.
+- Growing and shrinking move gray as it is.
+- A second, white hole elsewhere changes nothing about a gray one.
 
 `as_mask_batch` is the door through which every mask comes: it knows the shapes and takes the noise out. Behind it everything
 above 0 is hole, and only there masks can be counted.
@@ -19,6 +19,8 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
+
+from .pictures import resampled
 
 NOISE = 2.5 / 255
 """Up to this a value is noise: 2 levels of 8 bits, and half a level more, so that no rounding (of 1 - alpha) decides."""
@@ -49,14 +51,14 @@ def resize_mask(mask: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     mask = as_mask_batch(mask)
     if tuple(mask.shape[-2:]) == tuple(size):
         return mask
-    resized = F.interpolate(mask, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    resized = resampled(mask, (size[0], size[1]), "bilinear")
     # The weights add up to 1 only within rounding; inside the hole the mask shall stay 1.
     resized = torch.where(resized > 1 - 1e-5, 1.0, resized)
     return torch.where(resized > 0, resized.clamp(min=_FAINTEST), 0.0)
 
 
 def coverage(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The weight of the new in each cell of a grid of `size` (height, width): the area mean of the mask, grey included.
+    """The weight of the new in each cell of a grid of `size` (height, width): the area mean of the mask, gray included.
 
     `mask` is [B, 1, H, W]; the result [B, 1, height, width], in [0, 1]. A grid finer than the mask repeats its pixels. For what
     is hole on a grid, see `hole_coverage`.
@@ -67,7 +69,7 @@ def coverage(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def hole_coverage(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """How much of each cell of a grid of `size` (height, width) is hole, however grey: float32 [B, 1, height, width].
+    """How much of each cell of a grid of `size` (height, width) is hole, however gray: float32 [B, 1, height, width].
 
     `mask` is as for `as_mask_batch`. A cell of the mask's own grid is all hole or not at all.
     """

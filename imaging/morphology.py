@@ -2,8 +2,8 @@
 
 Every function takes a mask as [H, W], [B, H, W] or [B, C, H, W] (first channel counts) through `as_mask_batch`, which takes
 the noise out of it. A mask that comes back is a new float32 tensor [B, 1, H, W] in [0, 1] on the device of the given one; each
-picture of a batch is for itself. Distances are Euclidean, in pixels, between pixel centres. Every grey pixel is hole: an
-antialiased edge lies where its outermost grey does. What lies outside of the picture is unknown: it is neither hole nor
+picture of a batch is for itself. Distances are Euclidean, in pixels, between pixel centres. Every gray pixel is hole: an
+antialiased edge lies where its outermost gray does. What lies outside of the picture is unknown: it is neither hole nor
 known, so nothing grows in from the border and nothing is eroded there.
 """
 
@@ -53,7 +53,7 @@ def grow(mask: torch.Tensor, pixels: float) -> torch.Tensor:
     """The hole and everything within `pixels` of it; negative pixels shrink it.
 
     Growing makes each pixel the highest value among the pixels whose centres lie within `pixels` of its own (a disc, its
-    edge included; any fraction is allowed), shrinking the lowest value, so that grey keeps its meaning. Pixels beyond the
+    edge included; any fraction is allowed), shrinking the lowest value, so that gray keeps its meaning. Pixels beyond the
     border of the picture do not count. Binary masks take a faster way to the same result.
 
     Returns float32 [B, 1, H, W]. Raises ValueError unless `pixels` is finite.
@@ -87,7 +87,7 @@ def feather(mask: torch.Tensor, pixels: float, where: Where = "centered", curve:
 
     The edge lies half a pixel from the centres of the pixels on both sides of it, so that a ramp n pixels wide along
     a straight edge has n pixels between 0 and 1 if it lies on one side of the edge. Beyond the ramp, values are exactly
-    0 or 1. All of a grey mask is hole, and its own grey is replaced by the ramp.
+    0 or 1. All of a gray mask is hole, and its own gray is replaced by the ramp.
 
     where: "outside" is 1 in the whole hole and falls to 0 over `pixels` outside of it. "inside" is 0 outside of the hole
         and rises to 1 over `pixels` inside of it: nothing known is touched, but a hole up to twice as wide as the ramp
@@ -95,7 +95,7 @@ def feather(mask: torch.Tensor, pixels: float, where: Where = "centered", curve:
         the ramp on either side, with 0.5 at the edge; a hole up to as wide as the ramp does not reach 1 here either.
     curve: "linear", or "smooth", which starts and ends flat (t * t * (3 - 2 * t)).
 
-    The border of the picture is not an edge. 0 pixels return the mask as it is, grey included. Returns float32
+    The border of the picture is not an edge. 0 pixels return the mask as it is, gray included. Returns float32
     [B, 1, H, W]. Raises ValueError for pixels that are negative or not finite and for an unknown `where` or `curve`.
     """
     _require_finite("pixels", pixels)
@@ -143,8 +143,8 @@ def fill_holes(mask: torch.Tensor, largest_area: float | None = None) -> torch.T
     """Known islands inside the hole become hole: those of up to `largest_area` pixels, or all of them for None.
 
     An island is a part of the known pixels, connected along their sides (4 neighbours), that does not touch the border of
-    the picture. In a grey mask the rim one pixel wide of a filled island, its antialiased edge, becomes 1 with it unless it
-    also borders on something that stays known; all other grey stays.
+    the picture. In a gray mask the rim one pixel wide of a filled island, its antialiased edge, becomes 1 with it unless it
+    also borders on something that stays known; all other gray stays.
 
     Returns float32 [B, 1, H, W]. Raises ValueError for an area that is negative or NaN.
     """
@@ -166,8 +166,8 @@ def fill_holes(mask: torch.Tensor, largest_area: float | None = None) -> torch.T
 def remove_specks(mask: torch.Tensor, smallest_area: float) -> torch.Tensor:
     """Connected parts of the hole with fewer than `smallest_area` pixels vanish.
 
-    Pixels of a part are connected along sides and corners (8 neighbours); a grey pixel is one like every other. What stays
-    keeps its grey.
+    Pixels of a part are connected along sides and corners (8 neighbours); a gray pixel is one like every other. What stays
+    keeps its gray.
 
     Returns float32 [B, 1, H, W]. Raises ValueError for an area that is negative or NaN.
     """

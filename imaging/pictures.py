@@ -1,8 +1,11 @@
-"""What every function that takes pictures asks of them."""
+"""What every function that takes pictures asks of them, and how they are resampled."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 
 
 def check_pictures(pictures: torch.Tensor, name: str) -> None:
@@ -28,3 +31,12 @@ def common_count(**counts: int) -> int:
         found = ", ".join(f"{count} in '{name}'" for name, count in counts.items())
         raise ValueError(f"These batches don't go together: {found}; each has to have 1 or {most}.")
     return most
+
+
+def resampled(planes: torch.Tensor, size: tuple[int, int], mode: Literal["bilinear", "bicubic"]) -> torch.Tensor:
+    """Planes [B, C, h, w] at another `size` (height, width), anti-aliased. Bicubic overshoots."""
+    if size[1] > 1:
+        return F.interpolate(planes, size=size, mode=mode, antialias=True, align_corners=False)
+    # What torch 2.14 makes of a result one pixel wide is not that picture, but one pixel high is.
+    turned = planes.transpose(-1, -2).contiguous()
+    return F.interpolate(turned, size=size[::-1], mode=mode, antialias=True, align_corners=False).transpose(-1, -2)

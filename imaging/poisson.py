@@ -42,7 +42,7 @@ def poisson_blend(
     """Blends `source` into the hole of `destination` so that no seam is left.
 
     `source` and `destination` are [B, C, H, W] in [0, 1], `mask` is as for `as_mask_batch`; a batch of 1 goes
-    with every picture. The hole is all of the mask above its noise (`hole_of`), however grey.
+    with every picture. The hole is all of the mask above its noise (`hole_of`), however gray.
 
     Outside of the hole the result equals `destination` bit for bit. Inside, it has the source's gradients; with `mixed`,
     for each pair of neighbours and each channel the stronger of both pictures' gradients (equation 13). The source's

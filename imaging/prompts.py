@@ -8,14 +8,41 @@ All in pixels of the picture, counted from its upper left corner.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Point = tuple[float, float]
 """x and y."""
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom."""
+
+_POINTS = 'a list of points such as [{"x": 120, "y": 80}] is needed, in pixels'
+_DRAWN = 'a list of boxes such as [{"x": 100, "y": 60, "width": 50, "height": 40}] is needed, in pixels'
+_BOXES = "a box {x, y, width, height} in pixels, a list of them, or such a list for each picture is needed"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What the editor on a node writes: points on a thing, points beside it, and boxes around things."""
+
+    include: list[Point]
+    exclude: list[Point]
+    drawn: list[Box]
+
+
+def parse_marks(include: str | None, exclude: str | None, drawn: str | None, width: int, height: int) -> Marks:
+    """The marks on a picture of so many pixels, from the texts of the inputs of these names.
+
+    Raises ValueError, naming the input, for a text in another format, a point that lies outside of the picture, and a box
+    without a part in it.
+    """
+    marks = Marks(parse_points(include, "include"), parse_points(exclude, "exclude"), parse_drawn(drawn, "drawn"))
+    check_inside(marks.include, width, height, "include")
+    check_inside(marks.exclude, width, height, "exclude")
+    check_touching(marks.drawn, width, height, "drawn")
+    return marks
 
 
 def parse_points(text: str | None, name: str) -> list[Point]:
@@ -25,17 +52,18 @@ def parse_points(text: str | None, name: str) -> list[Point]:
         points = [_numbers(point, ("x", "y")) for point in found]
         if None not in points:
             return [(point[0], point[1]) for point in points if point is not None]
-    raise ValueError(
-        f'\'{name}\' is {_short(str(text))}, but a list of points such as [{{"x": 120, "y": 80}}] is needed, in pixels.'
-    )
+    raise ValueError(_other_format(name, text, _POINTS))
 
 
 def parse_drawn(text: str | None, name: str) -> list[Box]:
-    """The boxes of a text `[{"x": 1, "y": 2, "width": 3, "height": 4}, ...]`; none of an empty one. Raises as `parse_boxes`."""
+    """The boxes of a text `[{"x": 1, "y": 2, "width": 3, "height": 4}, ...]`; none of an empty one.
+
+    Raises ValueError, naming `name`, for another format and for boxes without an area.
+    """
     found = _decoded(text)
-    if not isinstance(found, list) or any(isinstance(entry, list) for entry in found):
-        raise ValueError(_format_needed(name, text))
-    return parse_boxes(found, 1, name)[0]
+    if not isinstance(found, list):
+        raise ValueError(_other_format(name, text, _DRAWN))
+    return [_box(entry, name, _DRAWN) for entry in found]
 
 
 def parse_boxes(boxes: Any, pictures: int, name: str) -> list[list[Box]]:
@@ -46,20 +74,20 @@ def parse_boxes(boxes: Any, pictures: int, name: str) -> list[list[Box]]:
     if boxes is None:
         return [[] for _ in range(pictures)]
     if isinstance(boxes, Mapping):
-        return [[_box(boxes, name)] for _ in range(pictures)]
+        return [[_box(boxes, name, _BOXES)] for _ in range(pictures)]
     if isinstance(boxes, Sequence) and not isinstance(boxes, str):
         if all(isinstance(entry, Mapping) for entry in boxes):
-            shared = [_box(entry, name) for entry in boxes]
+            shared = [_box(entry, name, _BOXES) for entry in boxes]
             return [list(shared) for _ in range(pictures)]
         if all(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in boxes):
             if len(boxes) > pictures:
                 raise ValueError(
-                    f"'{name}' has boxes for {len(boxes)} pictures, but there {'is' if pictures == 1 else 'are'} {pictures}: "
-                    "connect the boxes that were found on these pictures."
+                    f"'{name}' has boxes for {len(boxes)} pictures, but 'image' is a batch of {pictures}: connect the boxes "
+                    "that were found on these pictures."
                 )
-            each = [[_box(entry, name) for entry in entries] for entries in boxes]
+            each = [[_box(entry, name, _BOXES) for entry in entries] for entries in boxes]
             return each + [list(each[-1]) for _ in range(pictures - len(each))]
-    raise ValueError(_format_needed(name, boxes))
+    raise ValueError(_other_format(name, boxes, _BOXES))
 
 
 def check_inside(points: Sequence[Point], width: int, height: int, name: str) -> None:
@@ -96,31 +124,30 @@ def _decoded(text: str | None) -> Any:
         return None
 
 
-def _box(entry: Any, name: str) -> Box:
+def _box(entry: Any, name: str, needed: str) -> Box:
     numbers = _numbers(entry, ("x", "y", "width", "height")) if isinstance(entry, Mapping) else None
     if numbers is None:
-        raise ValueError(_format_needed(name, entry))
+        raise ValueError(f"'{name}' has {_short(str(entry))}, but {needed}.")
     x, y, width, height = numbers
     if width <= 0 or height <= 0:
-        raise ValueError(f"'{name}' has a box of {width:g}x{height:g} pixels, but a box needs an area.")
+        raise ValueError(
+            f"'{name}' has a box of {width:g}x{height:g} pixels, but its width and height have to be above 0."
+        )
     return x, y, x + width, y + height
 
 
 def _numbers(entry: Mapping[str, Any], keys: tuple[str, ...]) -> list[float] | None:
-    """These entries as finite numbers; None where one is missing or none."""
-    values = [entry.get(key) for key in keys]
-    if any(
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) for value in values
-    ):
-        return None
-    return [float(value) for value in values if value is not None]
+    """These entries as finite numbers; None where one is missing, none, or too large for one."""
+    numbers = []
+    for value in (entry.get(key) for key in keys):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
+            return None
+        numbers.append(float(value))
+    return numbers
 
 
-def _format_needed(name: str, found: Any) -> str:
-    return (
-        f"'{name}' is {_short(str(found))}, but a box {{x, y, width, height}} in pixels, a list of them, or such a list for each "
-        "picture is needed."
-    )
+def _other_format(name: str, found: Any, needed: str) -> str:
+    return f"'{name}' is {_short(str(found))}, but {needed}."
 
 
 def _short(text: str) -> str:

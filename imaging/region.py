@@ -6,13 +6,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from .harmonize import ONLY_BLEND, Harmony, harmonize_pictures
 from .masks import as_mask_batch, hole_of, resize_mask
 from .morphology import bounding_boxes
 from .morphology import feather as feather_mask
-from .pictures import check_pictures, common_count
+from .pictures import check_pictures, common_count, resampled
 from .region_plan import Box, Plan, RegionSettings, plan
 
 
@@ -43,7 +42,7 @@ def crop(
     the hole, are as for `resize_mask`, of any size, Q and K of them. Each count is 1 or the batch's length B. Where a picture has
     no hole, its context mask alone places the region, and without that it is at the centre. `feather` gives the hole a soft
     edge of so many pixels of the picture, outside of it, which `stitch` blends by; the crop's mask is then 1 in all of it, so
-    that what is blended is new throughout. Without a feather, grey stays the weight that `stitch` blends by.
+    that what is blended is new throughout. Without a feather, gray stays the weight that `stitch` blends by.
 
     Returns the crops [B, height, width, C], their masks [B, height, width], both in [0, 1], and what `stitch` needs. Beyond
     the picture a crop and its mask are mirrored (edge pixel not repeated): a hole at the border goes on, so that nothing
@@ -72,7 +71,7 @@ def crop(
         columns = mirrored(box.left, box.right, width, pictures.device)
         part = pictures[index % len(pictures)].index_select(0, rows).index_select(1, columns)
         part_mask = hole[index % len(hole)].index_select(0, rows).index_select(1, columns)
-        crops.append(_resize(part, chosen.size, "bicubic"))
+        crops.append(_resize(part, chosen.size))
         crop_masks.append(resize_mask(part_mask, chosen.size)[0, 0])
     made = torch.stack(crop_masks)
     return torch.stack(crops), (made > 0).to(made) if feather else made, Region(pictures, hole, chosen)
@@ -102,8 +101,8 @@ def place(region: Region, pictures: torch.Tensor, name: str = "The new picture")
     result = _originals(region, len(pictures))[0]
     for index, picture in enumerate(pictures):
         box = boxes[index % len(boxes)]
-        top, left, bottom, right = max(0, box.top), max(0, box.left), min(height, box.bottom), min(width, box.right)
-        new = _resize(picture[..., :channels].to(result), region.plan.box_size, "bicubic")
+        left, top, right, bottom = max(0, box.left), max(0, box.top), min(width, box.right), min(height, box.bottom)
+        new = _resize(picture[..., :channels].to(result), region.plan.box_size)
         new = new[top - box.top : bottom - box.top, left - box.left : right - box.left]
         result[index, top:bottom, left:right, :channels] = new
     return result
@@ -142,18 +141,16 @@ def _originals(region: Region, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return region.picture[order % len(region.picture)], region.mask[order % len(region.mask)]
 
 
-def _resize(picture: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+def _resize(picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Resamples [h, w, C] to `size`; the tensor itself where it has that size already.
 
-    Anti-aliased in both directions. Bicubic keeps the detail of pictures, and what it overshoots is cut off; bilinear for
-    masks, because it doesn't overshoot: known pixels away from the edge of a hole stay known.
+    Bicubic keeps the detail of pictures, and what it overshoots is cut off.
     """
     if tuple(picture.shape[:2]) == tuple(size):
         return picture
     # Half precision has no anti-aliased kernel on every device.
     planes = picture.movedim(-1, 0)[None].float()
-    resized = F.interpolate(planes, size=size, mode=mode, antialias=True, align_corners=False)
-    return resized[0].movedim(0, -1).clamp(0.0, 1.0).to(picture.dtype)
+    return resampled(planes, size, "bicubic")[0].movedim(0, -1).clamp(0.0, 1.0).to(picture.dtype)
 
 
 def _full_size_mask(mask: torch.Tensor, name: str, pictures: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ class Workplace:
 
 
 def widened(mask: torch.Tensor, pixels: float) -> torch.Tensor:
-    """What of a picture is made anew, float32 [B, H, W] of 0 and 1: the hole of a mask as for `as_mask_batch`, however grey, and
+    """What of a picture is made anew, float32 [B, H, W] of 0 and 1: the hole of a mask as for `as_mask_batch`, however gray, and
     all within `pixels` of it."""
     return grow(hole_of(mask).float(), pixels)[:, 0]
 

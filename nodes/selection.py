@@ -1,19 +1,18 @@
 """Step 1, by pointing or by words: boxes and masks from points, boxes, a rough mask, or what a text names."""
 
 import json
-from dataclasses import dataclass
 from typing import Any, get_args
 
-import torch
 from comfy_api.latest import io, ui
-from typing_extensions import Self, TypedDict, Unpack
+from typing_extensions import TypedDict, Unpack
 
-from ..imaging.detections import PICKS, Choice, Detection, Pick, shown, split_phrases
-from ..imaging.masks import as_mask_batch
-from ..imaging.prompts import as_bounding_box, check_inside, check_touching, parse_boxes, parse_drawn, parse_points
+from ..imaging.detections import PICKS, Choice, Pick, split_phrases
+from ..imaging.masks import log_noise
+from ..imaging.pictures import check_pictures
+from ..imaging.prompts import as_bounding_box, check_touching, parse_boxes, parse_marks
 from ..selection.detectors import Detector, detect_batch
 from ..selection.segmenters import Pick as SegmentPick
-from ..selection.segmenters import Prompt, Segmenter, prompts_for, segment_batch
+from ..selection.segmenters import Prompt, Segmenter, batch_prompts, segment_batch
 from ..weights import demo_model, detectors, segmenters
 from ..weights.engines import GROUNDING_DINO, SEGMENT_ANYTHING, TRANSFORMERS
 from ..weights.grounding_dino import tokenizer
@@ -39,16 +38,18 @@ def _mark_inputs() -> list[io.Input]:
         io.String.Input(
             "include",
             default="",
-            tooltip='Points on the thing, in pixels: [{"x": 120, "y": 80}]. The same for all pictures of a batch. In the editor: '
-            "click.",
+            tooltip='Points on the thing, in pixels: [{"x": 120, "y": 80}]. All pictures of a batch have the same. In the '
+            "editor, click.",
         ),
         io.String.Input(
-            "exclude", default="", tooltip="Points beside the thing, in the same format. In the editor: right click."
+            "exclude",
+            default="",
+            tooltip="Points beside the thing, in the same format as 'include'. In the editor, right-click.",
         ),
         io.String.Input(
             "drawn",
             default="",
-            tooltip='Boxes around things: [{"x": 100, "y": 60, "width": 50, "height": 40}]. In the editor: drag.',
+            tooltip='Boxes around things: [{"x": 100, "y": 60, "width": 50, "height": 40}]. In the editor, drag.',
         ),
     ]
 
@@ -60,7 +61,7 @@ class TrueFillLoadSegmenter(io.ComfyNode):
             node_id="TrueFillLoadSegmenter",
             display_name="Load Segmenter (TrueFill)",
             category="TrueFill/0 load",
-            description="Loads a Segment Anything (ViT-B, L or H), SAM-HQ or SAM 2 model, for Segment.",
+            description="Loads a Segment Anything (ViT-B, L or H), SAM-HQ or SAM 2 model, for Segment and Mask From Text.",
             search_aliases=["sam", "segment anything", "sam loader", "load sam", "sam2", "sam hq", "high quality sam"],
             inputs=[
                 io.Combo.Input(
@@ -73,7 +74,9 @@ class TrueFillLoadSegmenter(io.ComfyNode):
                 ),
                 engine_input(SEGMENT_ANYTHING),
             ],
-            outputs=[SegmenterType.Output(display_name="SEGMENTER", tooltip="The segmenter, for Segment.")],
+            outputs=[
+                SegmenterType.Output(display_name="SEGMENTER", tooltip="The segmenter, for Segment and Mask From Text.")
+            ],
         )
 
     @classmethod
@@ -109,25 +112,26 @@ class TrueFillSegment(io.ComfyNode):
             ],
             inputs=[
                 SegmenterType.Input("segmenter", tooltip="The segmenter, from Load Segmenter."),
-                io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
+                io.Image.Input("image", tooltip="The picture. In a batch, each one is segmented by itself."),
                 *_mark_inputs(),
                 io.Combo.Input(
                     "pick",
                     options=list(get_args(SegmentPick)),
                     default="best",
-                    tooltip="The model has three answers, a part, a larger part and the whole. best: the one it is surest of.",
+                    tooltip="Which of the model's three answers counts: mostly a part, a larger part and the whole. best: the "
+                    "one it is surest of. smallest, middle, largest: by area. all together: what is in any of them.",
                 ),
                 io.Boolean.Input(
                     "separate",
                     default=False,
-                    tooltip="Off: one mask for each picture. On: one for each box (and for the points, without boxes).",
+                    tooltip="Off: one mask for each picture. On: one mask for each box; without boxes, one for the points.",
                 ),
                 io.BoundingBox.Input(
                     "boxes",
                     optional=True,
                     force_input=True,
-                    tooltip="One mask for each box; points inside of a box are about what is in it. From any node with bounding "
-                    "boxes.",
+                    tooltip="Boxes around things, from any node with bounding boxes. Points inside of a box are about what is in "
+                    "it.",
                 ),
                 io.Mask.Input(
                     "rough",
@@ -156,34 +160,19 @@ class TrueFillSegment(io.ComfyNode):
         boxes: Any = None,
         rough: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
+        check_pictures(image, "'image'")
         pictures, height, width = image.shape[:3]
-        points = {"include": parse_points(include, "include"), "exclude": parse_points(exclude, "exclude")}
-        for name, found in points.items():
-            check_inside(found, width, height, name)
-        own, others = parse_drawn(drawn, "drawn"), parse_boxes(boxes, pictures, "boxes")
-        check_touching(own, width, height, "drawn")
-        for found in others:
+        marks = parse_marks(include, exclude, drawn, width, height)
+        each = parse_boxes(boxes, pictures, "boxes")
+        for found in each:
             check_touching(found, width, height, "boxes")
-        each = [[*own, *found] for found in others]
-        roughs = None if rough is None else as_mask_batch(rough)
-        if roughs is not None and len(roughs) not in (1, pictures):
+        if not marks.include and not marks.drawn and boxes is None and rough is None:
             raise ValueError(
-                f"'rough' has {len(roughs)} masks for {pictures} pictures: connect one mask, or one for each."
+                "Nothing says where the thing is: click on it ('include'), drag a box around it ('drawn'), or connect 'boxes' or "
+                "'rough'."
             )
-        if not points["include"] and not own and boxes is None and roughs is None:
-            raise ValueError(
-                "Nothing says where the thing is: click on it, drag a box around it, or connect 'boxes' or 'rough'."
-            )
-        prompts = [
-            prompts_for(
-                points["include"],
-                points["exclude"],
-                each[index],
-                None if roughs is None else roughs[min(index, len(roughs) - 1), 0],
-            )
-            for index in range(pictures)
-        ]
-        masks, scores = segment_batch(segmenter, image, prompts, pick, separate)
+        log_noise("Segment", rough=rough)
+        masks, scores = segment_batch(segmenter, image, batch_prompts(marks, each, rough), pick, separate)
         shown = {"picture": ui.PreviewImage(image[:1]).values, "mask": ui.PreviewMask(masks[:1]).values}
         return io.NodeOutput(masks, json.dumps([round(score, 4) for score in scores]), ui=shown)
 
@@ -199,29 +188,28 @@ class TrueFillPoints(io.ComfyNode):
             "Segment, and others with points as text or bounding boxes.",
             search_aliases=["points editor", "click", "coordinates", "bounding box editor", "sam3 points"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture to click on."),
+                io.Image.Input("image", tooltip="The picture to click on: the first one of a batch."),
                 *_mark_inputs(),
             ],
             outputs=[
                 io.String.Output(
                     display_name="include", tooltip="Points on the thing, as text: SAM3 Detect's positive_coords."
                 ),
-                io.String.Output(display_name="exclude", tooltip="Points beside it: SAM3 Detect's negative_coords."),
-                io.BoundingBox.Output(display_name="boxes", tooltip="The boxes."),
+                io.String.Output(
+                    display_name="exclude", tooltip="Points beside it, as text: SAM3 Detect's negative_coords."
+                ),
+                io.BoundingBox.Output(display_name="boxes", tooltip="The boxes of 'drawn': SAM3 Detect's bboxes."),
             ],
         )
 
     @classmethod
     def execute(cls, image: io.Image.Type, include: str, exclude: str, drawn: str) -> io.NodeOutput:
+        check_pictures(image, "'image'")
         height, width = image.shape[1:3]
-        texts = []
-        for name, text in (("include", include), ("exclude", exclude)):
-            points = parse_points(text, name)
-            check_inside(points, width, height, name)
-            texts.append(text if points else "")
-        own = parse_drawn(drawn, "drawn")
-        check_touching(own, width, height, "drawn")
-        boxes = [as_bounding_box(box) for box in own]
+        marks = parse_marks(include, exclude, drawn, width, height)
+        # The texts as they came; an empty list is no text.
+        texts = include if marks.include else "", exclude if marks.exclude else ""
+        boxes = [as_bounding_box(box) for box in marks.drawn]
         return io.NodeOutput(*texts, boxes, ui={"picture": ui.PreviewImage(image[:1]).values})
 
 
@@ -270,21 +258,29 @@ def _search_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="How sure the detector has to be. Lower finds more, and more that is wrong.",
+            tooltip="The score that a thing must be above to count. A lower one finds more, and more that is wrong.",
         ),
         io.Combo.Input(
             "pick",
             options=list(PICKS),
             default="all",
-            tooltip="Which of the things that were found. by index: the one at 'index' in the order of their scores.",
+            tooltip="Which of the things that were found count. all: the best ones, up to 'count'. largest, smallest: by the "
+            "area of the box. by index: the one at 'index' in the order of their scores.",
         ),
-        io.Int.Input("index", default=0, min=0, max=899, tooltip="For 'by index': 0 is the best.", advanced=True),
+        io.Int.Input(
+            "index",
+            default=0,
+            min=0,
+            max=899,
+            tooltip="The place that 'by index' picks, in the order of the scores: 0 is the best.",
+            advanced=True,
+        ),
         io.Int.Input(
             "count",
             default=16,
             min=1,
             max=900,
-            tooltip="For 'all': not more than so many, the best ones.",
+            tooltip="How many things 'all' picks at most: the best ones.",
             advanced=True,
         ),
         io.Float.Input(
@@ -302,7 +298,7 @@ def _search_inputs() -> list[io.Input]:
             min=0.0,
             max=100.0,
             step=0.1,
-            tooltip="Least area of a box, in percent of the picture.",
+            tooltip="The least area that a box may have, in percent of the picture.",
             advanced=True,
         ),
         io.Float.Input(
@@ -311,7 +307,7 @@ def _search_inputs() -> list[io.Input]:
             min=0.0,
             max=100.0,
             step=0.1,
-            tooltip="Greatest area of a box, in percent of the picture: 90 leaves out boxes around everything.",
+            tooltip="The greatest area that a box may have, in percent of the picture: 90 leaves out boxes around everything.",
             advanced=True,
         ),
     ]
@@ -319,13 +315,14 @@ def _search_inputs() -> list[io.Input]:
 
 def _boxes_output() -> io.Output:
     return io.BoundingBox.Output(
-        display_name="boxes", tooltip="For each picture the boxes that were found: for Segment, SAM3 Detect and others."
+        display_name="boxes", tooltip="The boxes that were found in each picture, for Segment, SAM3 Detect and others."
     )
 
 
 def _labels_output() -> io.Output:
     return io.String.Output(
-        display_name="labels", tooltip='For each picture which phrase found each box, as text: [["red cup", "spoon"]].'
+        display_name="labels",
+        tooltip='The phrase that found each box of each picture, as text: [["red cup", "spoon"]].',
     )
 
 
@@ -342,48 +339,21 @@ class Search(TypedDict):
     largest: float
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a search found in each picture of a batch."""
-
-    phrases: list[str]
-    each: list[list[Detection]]
-
-    @classmethod
-    def of(cls, detector: Detector, pictures: torch.Tensor, search: Search) -> Self:
-        phrases = split_phrases(search["text"])
-        if search["smallest"] > search["largest"]:
-            raise ValueError(
-                f"'smallest' ({search['smallest']:g} %) is greater than 'largest' ({search['largest']:g} %): no box can have "
-                "such an area."
-            )
-        choice = Choice(
-            threshold=search["threshold"],
-            overlap=search["overlap"],
-            smallest=search["smallest"] / 100.0,
-            largest=search["largest"] / 100.0,
-            pick=search["pick"],
-            index=search["index"],
-            count=search["count"],
+def _choice(search: Search) -> Choice:
+    if search["smallest"] > search["largest"]:
+        raise ValueError(
+            f"'smallest' ({search['smallest']:g} %) is greater than 'largest' ({search['largest']:g} %): no box can have such an "
+            "area."
         )
-        return cls(phrases, detect_batch(detector, pictures, phrases, choice))
-
-    @property
-    def boxes(self) -> list[list[dict[str, float | str]]]:
-        return [[one.bounding_box for one in found] for found in self.each]
-
-    @property
-    def labels(self) -> str:
-        return json.dumps([[one.label for one in found] for found in self.each])
-
-    @property
-    def scores(self) -> str:
-        return json.dumps([[round(one.score, 4) for one in found] for found in self.each])
-
-    def preview(self, pictures: torch.Tensor, masks: torch.Tensor | None = None) -> ui.PreviewImage:
-        """The first picture."""
-        mask = None if masks is None else masks[0]
-        return ui.PreviewImage(shown(pictures[0], self.each[0], self.phrases, mask))
+    return Choice(
+        threshold=search["threshold"],
+        overlap=search["overlap"],
+        smallest=search["smallest"] / 100.0,
+        largest=search["largest"] / 100.0,
+        pick=search["pick"],
+        index=search["index"],
+        count=search["count"],
+    )
 
 
 class TrueFillDetect(io.ComfyNode):
@@ -397,22 +367,23 @@ class TrueFillDetect(io.ComfyNode):
             search_aliases=["grounding dino", "text to box", "find object", "bounding box", "object detection"],
             inputs=[
                 DetectorType.Input("detector", tooltip="The detector, from Load Detector."),
-                io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
+                io.Image.Input("image", tooltip="The picture. In a batch, each one is searched by itself."),
                 *_search_inputs(),
             ],
             outputs=[
                 _boxes_output(),
                 _labels_output(),
                 io.String.Output(
-                    display_name="scores", tooltip="How sure the detector is of each, as text: [[0.71, 0.45]]."
+                    display_name="scores", tooltip="How sure the detector is of each box, as text: [[0.71, 0.45]]."
                 ),
             ],
         )
 
     @classmethod
     def execute(cls, detector: Detector, image: io.Image.Type, **search: Unpack[Search]) -> io.NodeOutput:
-        result = Result.of(detector, image, search)
-        return io.NodeOutput(result.boxes, result.labels, result.scores, ui=result.preview(image))
+        found = detect_batch(detector, image, split_phrases(search["text"]), _choice(search))
+        shown = ui.PreviewImage(found.preview(image))
+        return io.NodeOutput(found.boxes, found.labels, found.scores, ui=shown)
 
 
 class TrueFillMaskFromText(io.ComfyNode):
@@ -435,7 +406,7 @@ class TrueFillMaskFromText(io.ComfyNode):
             inputs=[
                 DetectorType.Input("detector", tooltip="The detector, from Load Detector."),
                 SegmenterType.Input("segmenter", tooltip="The segmenter, from Load Segmenter."),
-                io.Image.Input("image", tooltip="The picture; of a batch each one by itself."),
+                io.Image.Input("image", tooltip="The picture. In a batch, each one is searched by itself."),
                 *_search_inputs(),
             ],
             outputs=[
@@ -449,10 +420,11 @@ class TrueFillMaskFromText(io.ComfyNode):
     def execute(
         cls, detector: Detector, segmenter: Segmenter, image: io.Image.Type, **search: Unpack[Search]
     ) -> io.NodeOutput:
-        result = Result.of(detector, image, search)
-        prompts = [[Prompt(box=one.box) for one in found] for found in result.each]
+        found = detect_batch(detector, image, split_phrases(search["text"]), _choice(search))
+        prompts = [[Prompt(box=thing.box) for thing in things] for things in found.each]
         masks, _ = segment_batch(segmenter, image, prompts, "best")
-        return io.NodeOutput(masks, result.boxes, result.labels, ui=result.preview(image, masks))
+        shown = ui.PreviewImage(found.preview(image, masks))
+        return io.NodeOutput(masks, found.boxes, found.labels, ui=shown)
 
 
 NODES = [

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 
-from ..imaging.detections import Choice, Detection
+from ..imaging.detections import Choice, Detection, Findings
 from ..imaging.imagenet import normalized
-from ..imaging.region import check_pictures
+from ..imaging.pictures import check_pictures, resampled
 from .placed import Placed
 
 SHORTER_SIDE, LONGER_SIDE = 800, 1333
@@ -21,6 +21,8 @@ SHORTER_SIDE, LONGER_SIDE = 800, 1333
 
 # Of the network's text, special tokens included.
 _MOST_TOKENS = 256
+# How many pixels apart the places of the network's grids are.
+_STRIDES = (8, 16, 32, 64)
 
 
 @dataclass
@@ -37,13 +39,14 @@ class Detector:
         return cls(ModelPatcher(Placed(model), device, comfy.model_management.unet_offload_device()), tokenizer)
 
     @torch.inference_mode()
-    def detect(self, picture: torch.Tensor, phrases: list[str]) -> list[Detection]:
+    def detect(self, picture: torch.Tensor, phrases: Sequence[str]) -> list[Detection]:
         """All that each of the network's queries sees in a picture [H, W, 3 or 4] in [0, 1]; most of it has a score near 0.
 
         A box belongs to the phrase of which one token fits it best; its score is that token's. Raises ValueError for a picture of
-        another shape or with values that are no numbers, and for a text that is too long for the network.
+        another shape or with values that are NaN or infinite, for a text that is too long for the network, and for a phrase
+        without a word.
         """
-        check_pictures(picture[None], "The picture to look at")
+        check_pictures(picture[None], "'image'")
         # The network takes a full stop for the end of a phrase.
         text = self.tokenizer(["".join(f"{phrase}. " for phrase in phrases)], return_tensors="pt")
         tokens = text["input_ids"][0].tolist()
@@ -58,11 +61,11 @@ class Detector:
                     f"'text' has the phrase {phrase!r}, in which there is no word: write what to look for."
                 )
         height, width = picture.shape[:2]
-        size = scaled_size(height, width)
+        size = scaled_size(height, width, self.patcher.model.network.config.num_queries)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory(*size), force_full_load=True)
         device = self.patcher.load_device
         pixels = picture[..., :3].to(device, torch.float32).movedim(-1, 0).clamp(0.0, 1.0)
-        pixels = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+        pixels = resampled(pixels[None], size, "bilinear")[0]
         output = self.patcher.model.network(
             pixel_values=normalized(pixels)[None], **{name: ids.to(device) for name, ids in text.items()}
         )
@@ -70,32 +73,41 @@ class Detector:
         scores, best = torch.stack([fits[:, span].amax(dim=1) for span in spans], dim=1).max(dim=1)
         boxes = pixel_boxes(output.pred_boxes[0].float().cpu(), width, height)
         return [
-            Detection((box[0], box[1], box[2], box[3]), phrases[phrase], score)
+            Detection((box[0], box[1], box[2], box[3]), phrases[int(phrase)], score)
             for box, phrase, score in zip(boxes.tolist(), best.tolist(), scores.tolist(), strict=True)
         ]
 
 
-def detect_batch(
-    detector: Detector, pictures: torch.Tensor, phrases: list[str], choice: Choice
-) -> list[list[Detection]]:
-    """What counts in each of the pictures [B, H, W, C]; the log says where that is nothing."""
-    height, width = pictures.shape[1:3]
+def detect_batch(detector: Detector, pictures: torch.Tensor, phrases: Sequence[str], choice: Choice) -> Findings:
+    """What counts in each of the pictures [B, H, W, C] in [0, 1]; the log says where that is nothing.
+
+    Raises ValueError as `Detector.detect`.
+    """
     each = []
     for number, picture in enumerate(pictures):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        each.append(choice.of(detector.detect(picture, phrases), width, height))
+        found = detector.detect(picture, phrases)
+        height, width = picture.shape[:2]
+        each.append(choice.of(found, width, height))
         if not each[-1]:
             logging.info("TrueFill: nothing found in picture %d for %s.", number, ", ".join(phrases))
-    return each
+    return Findings(phrases, each)
 
 
-def scaled_size(height: int, width: int) -> tuple[int, int]:
-    """Height and width at which the network sees a picture, rounded as its authors do."""
+def scaled_size(height: int, width: int, queries: int) -> tuple[int, int]:
+    """Height and width at which the network sees a picture, rounded as its authors do.
+
+    A picture so thin that the network would have fewer places in it than queries, each of which starts at a place of its own, is
+    made as much thicker as it needs.
+    """
     short, long = min(height, width), max(height, width)
     side = SHORTER_SIDE
     if long / short * side > LONGER_SIDE:
         side = round(LONGER_SIDE * short / long)
-    other = int(side * long / short)
+    # The authors' rule leaves nothing of the thinnest.
+    side, other = (side, int(side * long / short)) if side else (1, LONGER_SIDE)
+    while sum(-(-side // stride) * -(-other // stride) for stride in _STRIDES) < queries:
+        side += 1
     return (side, other) if height <= width else (other, side)
 
 
@@ -115,8 +127,8 @@ def phrase_tokens(tokens: list[int], stop: int) -> list[slice]:
 
 
 def pixel_boxes(boxes: torch.Tensor, width: int, height: int) -> torch.Tensor:
-    """Boxes [N, 4] as centre and size in shares of a picture, as left, top, right, bottom in its pixels, within it."""
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2.0
+    """Boxes [N, 4] as center and size in shares of a picture, as left, top, right, bottom in its pixels, within it."""
+    center, half = boxes[:, :2], boxes[:, 2:] / 2.0
     size = boxes.new_tensor([width, height])
-    corners = torch.cat(((centre - half) * size, (centre + half) * size), dim=1)
+    corners = torch.cat(((center - half) * size, (center + half) * size), dim=1)
     return torch.minimum(corners.clamp(min=0.0), size.repeat(2))

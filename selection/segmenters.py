@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 
 from ..imaging.imagenet import normalized
-from ..imaging.masks import resize_mask
+from ..imaging.masks import as_mask_batch, hole_of, resize_mask
 from ..imaging.morphology import bounding_boxes
-from ..imaging.prompts import Box, Point
-from ..imaging.region import check_pictures
+from ..imaging.pictures import check_pictures, resampled
+from ..imaging.prompts import Box, Marks, Point
 from .placed import Placed
 
 KEPT_PICTURES = 16
@@ -139,9 +139,9 @@ class Segmenter:
         """What each prompt points at in a picture [H, W, 3 or 4] in [0, 1]; points and boxes count its pixels.
 
         The result lies on the host's intermediate device. Raises ValueError for a prompt that says nothing, and for a picture
-        of another shape or with values that are no numbers.
+        of another shape or with values that are NaN or infinite.
         """
-        check_pictures(picture[None], "The picture to segment")
+        check_pictures(picture[None], "'image'")
         if any(not prompt.include and prompt.box is None and prompt.rough is None for prompt in prompts):
             raise ValueError("A segmenter needs a point on the thing, a box around it, or a rough mask of it.")
         comfy.model_management.load_models_gpu([self.patcher], memory_required=self.memory, force_full_load=True)
@@ -167,17 +167,20 @@ class Segmenter:
         return 3 * heads * tokens**2 * self._network.dtype.itemsize
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of a picture as the network sees it, without padding, rounded as its authors do."""
+        """Height and width of a picture as the network sees it, without padding, rounded as its authors do.
+
+        Of a picture so thin that their rule leaves nothing of a side, one pixel is left.
+        """
         if self._family.stretched:
             return self._side, self._side
         scale = self._side / max(size)
-        return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+        return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
     def _framed(self, pixels: torch.Tensor) -> torch.Tensor:
         """[C, H, W] scaled to the network's size and padded below and to the right: [1, C, side, side]."""
         size = self._resized((pixels.shape[1], pixels.shape[2]))
         if size != pixels.shape[1:]:
-            pixels = F.interpolate(pixels[None], size=size, mode="bilinear", antialias=True)[0]
+            pixels = resampled(pixels[None], size, "bilinear")[0]
         return F.pad(pixels, (0, self._side - size[1], 0, self._side - size[0]))[None]
 
     def _embedding(self, picture: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -205,7 +208,7 @@ class Segmenter:
             mask = resize_mask(prompt.rough, (size[0], size[1])).to(device)
             box = box or _around(mask)
             grid = 4 * (self._side // model.config.prompt_encoder_config.patch_size)
-            rough = F.interpolate(self._framed(mask[0]), size=(grid, grid), mode="bilinear", antialias=True)
+            rough = resampled(self._framed(mask[0]), (grid, grid), "bilinear")
             rough = ((2.0 * rough - 1.0) * _CERTAIN).to(model.dtype)
         points = [*prompt.include, *prompt.exclude]
         labels = [1] * len(prompt.include) + [0] * len(prompt.exclude)
@@ -233,10 +236,11 @@ def segment_batch(
     pick: Pick,
     separate: bool = False,
 ) -> tuple[torch.Tensor, list[float]]:
-    """Masks [B, H, W] of 0 and 1 for pictures [B, H, W, C], each with its own prompts, and their scores.
+    """Masks [B, H, W] of 0 and 1 for pictures [B, H, W, C] in [0, 1], each with its own prompts, and their scores.
 
     A picture's things are one mask, with their mean score; a picture without prompts has an empty one, of score 0. With
-    `separate` every thing has a mask of its own, in the order of pictures and prompts.
+    `separate` every thing has a mask of its own, in the order of pictures and prompts. Raises ValueError as
+    `Segmenter.segment`.
     """
     masks, scores = [], []
     for picture, mine in zip(pictures, prompts, strict=True):
@@ -254,19 +258,41 @@ def segment_batch(
     return torch.stack(masks).float(), scores
 
 
-def prompts_for(
-    include: Sequence[Point], exclude: Sequence[Point], boxes: Sequence[Box], rough: torch.Tensor | None
-) -> list[Prompt]:
-    """The prompts of one picture: one for each box, with the points inside of it; without boxes one for all points.
+def batch_prompts(
+    marks: Marks, boxes: Sequence[Sequence[Box]], rough: torch.Tensor | None = None
+) -> list[list[Prompt]]:
+    """The prompts of each picture of a batch: the same marks for all, and boxes for each.
 
-    A rough mask goes with each of them; an empty one says nothing. None at all where nothing says where something is.
+    A picture has one prompt for each of its boxes, with the points of `include` inside of it; without boxes it has one for all
+    points. `rough` is one mask for all pictures or one for each, as for `as_mask_batch`, of any size; it goes with each prompt,
+    and an empty one says nothing. A picture has no prompt where nothing says where something is.
+
+    Raises ValueError for another number of rough masks.
     """
-    if rough is not None and not bool((rough > 0).any()):
+    roughs = None if rough is None else as_mask_batch(rough)[:, 0]
+    if roughs is not None and len(roughs) not in (1, len(boxes)):
+        raise ValueError(
+            f"'rough' has {len(roughs)} masks, but 'image' is a batch of {len(boxes)}: connect one mask, or one for each picture."
+        )
+    return [
+        _prompts(marks, [*marks.drawn, *mine], None if roughs is None else roughs[min(index, len(roughs) - 1)])
+        for index, mine in enumerate(boxes)
+    ]
+
+
+def _prompts(marks: Marks, boxes: Sequence[Box], rough: torch.Tensor | None) -> list[Prompt]:
+    """The prompts of one picture with these boxes and this rough mask [H, W]."""
+    if rough is not None and not hole_of(rough).any():
         rough = None
     if not boxes:
-        return [Prompt(include, exclude, None, rough)] if include or rough is not None else []
+        return [Prompt(marks.include, marks.exclude, None, rough)] if marks.include or rough is not None else []
     return [
-        Prompt([(x, y) for x, y in include if box[0] <= x <= box[2] and box[1] <= y <= box[3]], exclude, box, rough)
+        Prompt(
+            [(x, y) for x, y in marks.include if box[0] <= x <= box[2] and box[1] <= y <= box[3]],
+            marks.exclude,
+            box,
+            rough,
+        )
         for box in boxes
     ]
 

@@ -13,6 +13,7 @@ import torch
 # `devtools` lies in the project's root, which must not be on sys.path in a process that holds the host.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from devtools import pack as loader
+from truefill_testing import oracle
 
 del sys.path[0]
 
@@ -42,6 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # The models are tiny: one thread is fastest, and rounds the same on every machine.
     torch.set_num_threads(1)
+    config.pluginmanager.register(oracle.Plugin(config), "oracles")

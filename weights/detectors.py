@@ -45,8 +45,12 @@ def detector_from_state(state: Mapping[str, torch.Tensor], name: str, engine: st
 
 
 def _wrong(name: str, engine: str) -> str:
-    as_published = "" if engine == TRANSFORMERS else f" as published, which the engine {engine} needs"
+    if engine != TRANSFORMERS:
+        return (
+            f"{name} is no Grounding DINO file as published, which the engine {engine} needs: take {WHERE_TO_GET}, or choose "
+            f"{TRANSFORMERS}, which reads other layouts too."
+        )
     return (
-        f"{name} is no Grounding DINO file{as_published}: one is needed, such as groundingdino_swint_ogc.pth in "
-        f"models/grounding-dino: {WHERE_TO_GET}."
+        f"{name} is no Grounding DINO file: one is needed, such as groundingdino_swint_ogc.pth in models/grounding-dino: "
+        f"{WHERE_TO_GET}."
     )

@@ -120,7 +120,9 @@ def network(state: Mapping[str, torch.Tensor]) -> tuple[Any, list[str]]:
     model, info = library.from_pretrained(
         None, config=_config(state), state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
     )
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    # Their names alone in transformers 4, with both sizes in 5.
+    resized = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *resized})
     return model, [key for key in wrong if not _COMPUTED.search(key)]
 
 

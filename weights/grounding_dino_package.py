@@ -18,13 +18,14 @@ from .grounding_dino import UNUSED, tokenizer
 
 
 class PackageDino(torch.nn.Module):
-    """The package's network, which is given tokens instead of a caption."""
+    """The package's network, which is given tokens instead of a caption; `config` has its `num_queries`."""
 
     def __init__(self, swin: str) -> None:
         super().__init__()
         models, config = (
             importlib.import_module(f"groundingdino.{name}") for name in ("models", f"config.GroundingDINO_{swin}")
         )
+        self.config = SimpleNamespace(num_queries=config.num_queries)
         # Both are for training alone.
         settings = {**vars(config), "use_checkpoint": False, "use_transformer_ckpt": False}
         with _without_download():

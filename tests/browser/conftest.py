@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from devtools.pack import ROOT
+from devtools.pack import ROOT, host_path
 from devtools.server import Server
+from truefill_testing.stand_ins import SMALL_SAM3, place_stand_ins
 
 PICTURES = ROOT / ".cache" / "screenshots"
 MODULES = ROOT / ".cache" / "browser" / "node_modules"
@@ -44,6 +46,16 @@ def chromium() -> str:
         pytest.skip(reason)
     assert browser is not None
     return browser
+
+
+@pytest.fixture(scope="session")
+def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running ComfyUI with stand-ins under the names of the graphs' models."""
+    models = tmp_path_factory.mktemp("models")
+    place_stand_ins(models)
+    options = {"beside": [SMALL_SAM3], "models": [models], "log_name": "test-browser"}
+    with Server(host_path(), Path(sys.executable), **options) as server:
+        yield server
 
 
 @pytest.fixture(scope="module", params=["classic", "nodes2"])

@@ -1,6 +1,7 @@
 // Drives the editor in chromium for test_editor.py (page.cjs says how): a job has "graphs": [{"name", "file", "id", "changes"}] and "help".
-// Drops each graph's file on the canvas as a person would, sets widgets (`changes`: node type, widget, value) and runs it, then opens
-// the help pages of some node types. What is seen goes to standard output as JSON; whether that is right is for the tests to say.
+// Drops each graph's file on the canvas as a person would, where there are `changes` (node type, widget, value) sets these widgets
+// and runs it, then opens the help pages of some node types. What is seen goes to standard output as JSON; whether that is right is
+// for the tests to say.
 'use strict'
 
 const { READY, drawn, main, ready } = require('./page.cjs')
@@ -119,11 +120,13 @@ async function help(page, type) {
 main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
   report.graphs = {}
+  let ran = false
   for (const { name, file, id, changes } of job.graphs) {
-    if (job.nodes2 && Object.keys(report.graphs).length) {
+    if (job.nodes2 && ran) {
       // Nodes 2.0 would show the pictures of the last run on this graph's nodes of the same numbers.
       await page.reload()
       await ready(page)
+      ran = false
     }
     await drop(page, file)
     await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
@@ -144,11 +147,14 @@ main(async (page, job, report) => {
     const found = await page.evaluate(seen)
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
     await page.screenshot({ path: `${picture}.png` })
-    const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
-    found.result = await run(page, changes, job.nodes2)
-    await drawn(page)
-    await page.screenshot({ path: `${picture}-result.png` })
-    await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
+    if (changes) {
+      const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
+      found.result = await run(page, changes, job.nodes2)
+      ran = true
+      await drawn(page)
+      await page.screenshot({ path: `${picture}-result.png` })
+      await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
+    }
     if (job.help && name === job.graphs.at(-1).name) {
       report.help = {}
       for (const type of job.help) {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from devtools.pack import host_path, pack_module
+from devtools.pack import pack_module
 from devtools.server import Server
 
 pytestmark = pytest.mark.browser
@@ -25,13 +23,6 @@ BEFORE, AFTER, BLACK = COLOURS["before"], COLOURS["change"], (0, 0, 0)
 IN_CHANGE, IN_PATCH, KNOWN = 0.4, 0.03, 0.9
 CYAN = (0, 229, 255)
 VIEWS = ["before | after", "difference"]
-
-
-@pytest.fixture(scope="module")
-def comfyui(chromium: str) -> Iterator[Server]:
-    """A running ComfyUI without models."""
-    with Server(host_path(), Path(sys.executable), log_name="test-compare") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 import urllib.parse
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-from devtools.pack import host_path
 from devtools.server import Server
 from truefill_testing.random_segmenters import small_sam
 
@@ -35,25 +32,23 @@ SEGMENTER = "small.pth"
 
 
 @pytest.fixture(scope="module")
-def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI with a picture of each shape in its input folder, and a small segmenter."""
-    models = tmp_path_factory.mktemp("models")
-    (models / "sams").mkdir()
-    torch.save(small_sam().state_dict(), models / "sams" / SEGMENTER)
-    with Server(host_path(), Path(sys.executable), models=[models], log_name="test-points") as server:
-        assert server.base is not None
-        (server.base / "input").mkdir(exist_ok=True)
-        rng = np.random.default_rng(0)
-        for name, (width, height) in SHAPES.items():
-            cells = rng.integers(40, 220, (9, 9, 3)).astype(np.uint8)
-            Image.fromarray(cells).resize((width, height)).save(server.base / "input" / f"{name}.png")
-        yield server
+def photos(comfyui: Server) -> dict[str, str]:
+    """A picture of each shape in ComfyUI's input folder, and a small segmenter among its models."""
+    assert comfyui.base is not None
+    segmenter, folder = comfyui.base / "models" / "sams" / SEGMENTER, comfyui.base / "input"
+    segmenter.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(small_sam().state_dict(), segmenter)
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name, (width, height) in SHAPES.items():
+        cells = rng.integers(40, 220, (9, 9, 3)).astype(np.uint8)
+        Image.fromarray(cells).resize((width, height)).save(folder / f"{name}.png")
+    return {name: f"{name}.png" for name in SHAPES}
 
 
 @pytest.fixture(scope="module")
-def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]], photos: dict[str, str]) -> dict[str, Any]:
     """What points.cjs saw in the page, in this mode."""
-    photos = {name: f"{name}.png" for name in SHAPES}
     return drive("points.cjs", comfyui, mode, photos=photos, segmenter=SEGMENTER, places=PLACES)
 
 

@@ -334,6 +334,23 @@ def test_unknown_benchmark_lists_the_known_ones(capsys: pytest.CaptureFixture[st
     assert all(path.stem.removeprefix("bench_") in error for path in (ROOT / "evaluation").glob("bench_*.py"))
 
 
+@pytest.mark.parametrize(
+    ("given", "called"),
+    [
+        (["bench", "segment", "-h"], ["evaluation.bench_segment", "-h"]),
+        (["bench", "segment", "--size", "8", "9"], ["evaluation.bench_segment", "--size", "8", "9"]),
+        (["bench"], ["evaluation.bench_attention"]),
+        (["train", "vae", "-h"], ["training.demo.command", "vae", "-h"]),
+    ],
+)
+def test_what_is_run_gets_its_own_options(given: list[str], called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(cli, "_prepare", lambda *tools: (Path("host"), Path("python")))
+    monkeypatch.setattr(cli, "_call", lambda python, folder, *arguments: calls.append(arguments) or 0)
+    assert cli.main(given) == 0
+    assert calls == [("-p", *called)]
+
+
 def test_wrong_comfyui_path_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

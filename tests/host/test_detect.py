@@ -149,6 +149,15 @@ def test_nothing_found_is_an_empty_mask_and_the_node_shows_it(server: Client, fi
     assert 0.01 < changed.mean() < 0.5 and not changed[HEIGHT // 2 :].any()
 
 
+def test_a_thin_picture_is_searched_like_any_other(server: Client, files: dict[str, Path]) -> None:
+    """Scaled as published it has fewer places than the 900 at which the network looks closer."""
+    made = graph("TrueFillMaskFromText", files)
+    made["strip"] = node("EmptyImage", width=1024, height=24, batch_size=1, color=8421504)
+    result = server.run(made)
+    assert masks(result).shape == (2, 24, 1024)
+    assert [len(found) for found in text(result, "labels")] == [COUNT, COUNT]
+
+
 def strip_alone() -> dict[str, Any]:
     return {
         "photo": node("TrueFillExamplePhoto", photo="coffee"),

@@ -153,13 +153,25 @@ def test_an_empty_rough_mask_gives_an_empty_mask(server: Client, file: Path) -> 
     assert not mask(server.run(made).images["save"]).any()
 
 
+@pytest.mark.parametrize("size", [(4096, 7), (4096, 1), (2, 1500), (1, 1)], ids=str)
+def test_a_thin_picture_has_a_mask_of_its_size(server: Client, file: Path, size: tuple[int, int]) -> None:
+    width, height = size
+    made = graph(json.dumps([{"x": width - 1, "y": height - 1}]), rough=["rough", 0])
+    made["photo"] = node("EmptyImage", width=width, height=height, batch_size=2, color=8421504)
+    made["rough"] = node("SolidMask", value=1.0, width=64, height=64)
+    assert mask(server.run(made).images["save"]).shape == (2, height, width)
+
+
 OUTSIDE = {"x": 700, "y": 3, "width": 5, "height": 5}
 
 
 @pytest.mark.parametrize(
     ("inputs", "says"),
     [
-        ({}, "Nothing says where the thing is"),
+        (
+            {},
+            "Nothing says where the thing is: click on it ('include'), drag a box around it ('drawn'), or connect 'boxes'",
+        ),
         ({"include": "12, 30"}, "'include' is '12, 30', but a list of points such as"),
         ({"include": json.dumps([{"x": 5000, "y": 3}])}, "outside of the picture of 512x384 pixels"),
         ({"drawn": json.dumps([OUTSIDE])}, "'drawn' has the box from (700, 3) to (705, 8), which lies outside"),

@@ -155,6 +155,20 @@ def test_one_goes_with_every_other(before: int, after: int, masks: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip((old, new, mask), copies, strict=True))
 
 
+def test_noise_in_the_mask_is_outside_and_spoken_of() -> None:
+    before, after = torch.zeros(3, 12, 12, 3), torch.ones(3, 12, 12, 3)
+    mask = torch.full((3, 12, 12), 1 / 255)
+    mask[0] = 0.0
+    mask[:2, 2:5, 2:6] = 3 / 255
+    clean, noisy, vanished = compare(before, after, mask)[1]
+    assert [found.inside.pixels for found in (clean, noisy, vanished)] == [12, 12, 0]
+    assert str(clean).count("\n") == 1
+    assert str(noisy).splitlines()[2].startswith("The mask has a background that is mostly not black")
+    assert str(vanished).splitlines()[2].startswith("The mask is not black, but nothing in it is above 2/255")
+    # One mask of two dimensions for all pictures.
+    assert [found.inside.pixels for found in compare(before, after, mask[0])[1]] == [12, 12, 12]
+
+
 def test_a_mask_of_another_size_is_resized_and_grey_counts() -> None:
     before, after = torch.zeros(1, 40, 60, 3), torch.ones(1, 40, 60, 3)
     mask = torch.zeros(1, 20, 30)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,30 @@ def test_of_nothing_nothing_is_picked(pick: str) -> None:
     assert Choice(pick=pick, threshold=1.0).of(things(0), SIDE, SIDE) == []
 
 
+def test_a_box_without_an_area_does_not_count() -> None:
+    flat, line = (Detection(box, "cup", 0.9) for box in ((5.0, 5.0, 5.0, 9.0), (0.0, 100.0, 30.0, 100.0)))
+    thing = Detection((0.0, 0.0, 1.0, 1.0), "cup", 0.5)
+    assert Choice().of([flat, thing, line], SIDE, SIDE) == [thing]
+    assert Choice(pick="best").of([flat, line], SIDE, SIDE) == []
+
+
+def test_findings_are_handed_around_as_boxes_and_texts() -> None:
+    cup, spoon = Detection((1.0, 2.0, 4.0, 8.0), "cup", 0.51239), Detection((0.0, 0.0, 1.0, 1.0), "spoon", 0.25)
+    found = detections.Findings(["cup", "spoon"], [[cup, spoon], []])
+    assert found.boxes == [
+        [
+            {"x": 1.0, "y": 2.0, "width": 3.0, "height": 6.0, "score": 0.51239, "label": "cup"},
+            {"x": 0.0, "y": 0.0, "width": 1.0, "height": 1.0, "score": 0.25, "label": "spoon"},
+        ],
+        [],
+    ]
+    assert json.loads(found.labels) == [["cup", "spoon"], []] and json.loads(found.scores) == [[0.5124, 0.25], []]
+    pictures, masks = torch.rand(2, 30, 40, 3), torch.rand(2, 30, 40)
+    assert torch.equal(found.preview(pictures), detections.shown(pictures[0], [cup, spoon], ["cup", "spoon"]))
+    tinted = detections.shown(pictures[0], [cup, spoon], ["cup", "spoon"], masks[0])
+    assert torch.equal(found.preview(pictures, masks), tinted) and not torch.equal(found.preview(pictures), tinted)
+
+
 @pytest.mark.parametrize(
     "text", ["red cup. spoon.", " Red  Cup .spoon", "red cup, spoon", "RED CUP;\nspoon...", "red cup.spoon.red cup"]
 )
@@ -82,7 +108,7 @@ def test_a_text_without_a_phrase_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-@pytest.mark.parametrize("size", [(1, 1), (37, 210), (600, 400)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (4096, 8), (37, 210), (600, 400)])
 def test_the_picture_shows_the_boxes_and_nothing_else_changes(size: tuple[int, int], channels: int) -> None:
     height, width = size
     picture = torch.full((height, width, channels), 0.25)

@@ -101,6 +101,7 @@ def test_grey_masks_mix_and_one_mask_serves_all():
     made = fill.fill_hole(pictures, torch.full((4, 4), 0.25), "gray")
     torch.testing.assert_close(made, 0.75 * pictures + 0.125)
     assert fill.fill_hole(pictures[:1], torch.ones(2, 1, 4, 4), "gray").shape[0] == 2
+    assert fill.fill_pictures(pictures[:1].movedim(1, -1), torch.ones(4, 4), "gray").shape[0] == 1
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,31 @@ def test_one_picture_serves_a_batch_and_nothing_is_changed():
     assert all(torch.equal(*pair) for pair in zip(before, (several, picture, hole), strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("counts", [(1, 3, 1), (3, 1, 1), (1, 1, 3), (3, 3, 1)])
+def test_a_batch_of_1_goes_with_every_picture_alpha_included(mode, counts):
+    picture, made, hole = scene(24)
+    alpha = torch.rand(1, 24, 24, 1)
+    new, old = (torch.cat([one.movedim(1, -1), alpha], dim=-1) for one in (made + 0.1, picture))
+    batches = [one.repeat(count, *[1] * (one.ndim - 1)) for one, count in zip((new, old, hole[0]), counts, strict=True)]
+    harmony = harmonizing.Harmony(mode)
+    together, alone = (
+        harmonizing.harmonize_pictures(*three, harmony) for three in (batches, [one[:1] for one in batches])
+    )
+    assert torch.equal(together, alone.expand(3, -1, -1, -1))
+
+
+def test_pictures_that_do_not_go_together_are_named_as_on_the_node():
+    picture, made, hole = scene(24)
+    new, old = made.movedim(1, -1), picture.movedim(1, -1)
+    with pytest.raises(ValueError, match=r"3 in 'image', 2 in 'original', 1 in 'mask'; each has to have 1 or 3\.$"):
+        harmonizing.harmonize_pictures(new.repeat(3, 1, 1, 1), old.repeat(2, 1, 1, 1), hole)
+    with pytest.raises(ValueError, match=r"^'image' is 24x24 pixels and 'original' 20x24: they have to be of one size"):
+        harmonizing.harmonize_pictures(new, old[:, :, :20], hole)
+    # A mask of two dimensions is one mask, not as many as it has rows.
+    assert harmonizing.harmonize_pictures(new, old, hole[0, 0]).shape == old.shape
+
+
 def test_an_unknown_mode_is_named():
     with pytest.raises(ValueError, match="harmonize 'magic'; choose one of off, color, poisson, both"):
         harmonizing.Harmony("magic")

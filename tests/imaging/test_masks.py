@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from devtools.pack import pack_module
@@ -105,6 +105,29 @@ def test_what_came_through_the_door_goes_through_it_unchanged(mask: torch.Tensor
     assert torch.equal(masks.as_mask_batch(resized), resized)
     assert resized.shape == (len(mask), 1, height, width)
     assert torch.equal(resized.flatten(1).any(1), batch.flatten(1).any(1)), "a hole was lost, or one appeared"
+
+
+def bilinear(given_side: int, side: int, wider: float = 0.0) -> torch.Tensor:
+    """Weights [side, given_side] of a triangle as wide as the pixels on the coarser side, or a little wider."""
+    scale = given_side / side
+    distance = torch.arange(given_side) + 0.5 - (torch.arange(side, dtype=torch.float64)[:, None] + 0.5) * scale
+    weight = (1 + wider - distance.abs() / max(1.0, scale)).clamp(min=0.0)
+    return weight / weight.sum(dim=1, keepdim=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(holes(), side, side)
+@example(torch.ones(1, 1, 7, 12).triu(), 2, 1)
+def test_a_resized_mask_is_bilinear_and_anti_aliased(mask: torch.Tensor, height: int, width: int) -> None:
+    resized = masks.resize_mask(mask, (height, width)).double()
+    # The last one at which a pixel counts may be lost or won by rounding.
+    less, expected, more = (
+        bilinear(mask.shape[2], height, wider) @ mask.double() @ bilinear(mask.shape[3], width, wider).T
+        for wider in (-1e-5, 0.0, 1e-5)
+    )
+    assert (resized[less > 0] > 0).all() and (resized[more == 0] == 0).all()
+    kept = expected > 3 / 255
+    torch.testing.assert_close(resized[kept], expected[kept], atol=2e-5, rtol=0)
 
 
 @settings(max_examples=150, deadline=None)

@@ -38,6 +38,7 @@ def test_no_text_is_no_point(text) -> None:
         '[{"x": "1", "y": 2}]',
         '[{"x": NaN, "y": 2}]',
         '[{"x": true, "y": 2}]',
+        f'[{{"x": 1{"0" * 400}, "y": 2}}]',
         "[1]",
         "[{",
         "null",
@@ -71,7 +72,9 @@ def test_the_hosts_formats_of_boxes(boxes, expected) -> None:
     "boxes", ["[]", 5, [1], [[1]], [BOX, [BOX]], {"x": 1, "y": 2}, [{**BOX, "width": float("nan")}]]
 )
 def test_other_boxes_are_refused(boxes) -> None:
-    with pytest.raises(ValueError, match=r"^'boxes' is .*a box \{x, y, width, height\} in pixels"):
+    with pytest.raises(
+        ValueError, match=r"^'boxes' (is|has) .*a box \{x, y, width, height\} in pixels, a list of them, or"
+    ):
         prompts.parse_boxes(boxes, 2, "boxes")
 
 
@@ -79,14 +82,16 @@ def test_drawn_boxes_are_a_text_of_boxes() -> None:
     assert prompts.parse_drawn(json.dumps([BOX, OTHER]), "drawn") == [CORNERS, OTHER_CORNERS]
     assert prompts.parse_drawn("", "drawn") == prompts.parse_drawn(" []", "drawn") == []
     for text in ("nothing", json.dumps(BOX), json.dumps([[BOX]]), "[1]", "[{"):
-        with pytest.raises(ValueError, match=r"'drawn' is .*a box"):
+        with pytest.raises(ValueError, match=r"^'drawn' (is|has) .*, but a list of boxes such as \[\{"):
             prompts.parse_drawn(text, "drawn")
 
 
 def test_boxes_without_area_and_for_other_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match="'boxes' has a box of 10x0 pixels"):
+    with pytest.raises(
+        ValueError, match="'boxes' has a box of 10x0 pixels, but its width and height have to be above 0"
+    ):
         prompts.parse_boxes({**BOX, "height": 0}, 1, "boxes")
-    with pytest.raises(ValueError, match="'boxes' has boxes for 2 pictures, but there is 1"):
+    with pytest.raises(ValueError, match="'boxes' has boxes for 2 pictures, but 'image' is a batch of 1: connect"):
         prompts.parse_boxes([[BOX], [BOX]], 1, "boxes")
 
 
@@ -104,3 +109,29 @@ def test_a_box_has_a_part_in_the_picture() -> None:
     for box in ((-5, 0, 0, 3), (0, -5, 3, 0), (10, 0, 12, 3), (0, 5, 3, 9)):
         with pytest.raises(ValueError, match=r"'boxes' has the box .* outside of the picture of 10x5 pixels"):
             prompts.check_touching([(0, 0, 1, 1), box], 10, 5, "boxes")
+
+
+def test_marks_are_read_from_the_inputs_that_have_them() -> None:
+    marks = prompts.parse_marks('[{"x": 9, "y": 0}]', '[{"x": 0, "y": 4}]', json.dumps([BOX]), 10, 6)
+    assert (marks.include, marks.exclude, marks.drawn) == ([(9.0, 0.0)], [(0.0, 4.0)], [CORNERS])
+    assert prompts.parse_marks("", None, "[]", 1, 1) == prompts.Marks([], [], [])
+    outside, beside = '[{"x": 10, "y": 0}]', json.dumps([{**BOX, "x": 10}])
+    for name, texts in {
+        "include": (outside, "", ""),
+        "exclude": ("", outside, ""),
+        "drawn": ("", "", beside),
+    }.items():
+        with pytest.raises(ValueError, match=rf"^'{name}' has .* outside of the picture of 10x6 pixels"):
+            prompts.parse_marks(*texts, 10, 6)
+        with pytest.raises(ValueError, match=rf"^'{name}' is '12, 30', but a list of"):
+            prompts.parse_marks(*("12, 30" if text else "" for text in texts), 10, 6)
+
+
+@given(st.tuples(*[st.floats(-1e6, 1e6)] * 2, *[st.floats(1e-3, 1e6)] * 2))
+def test_a_box_is_left_top_right_bottom(numbers) -> None:
+    x, y, width, height = numbers
+    written = dict(zip(("x", "y", "width", "height"), numbers, strict=True))
+    ((box,),) = prompts.parse_boxes(written, 1, "boxes")
+    assert box == (x, y, x + width, y + height)
+    again = prompts.as_bounding_box(box)
+    assert again == pytest.approx(written, rel=1e-9, abs=1e-9)

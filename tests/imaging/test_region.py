@@ -15,6 +15,7 @@ from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence, sliced
 
 region = pack_module("imaging.region")
+masks = pack_module("imaging.masks")
 plans = pack_module("imaging.region_plan")
 Box, Settings = plans.Box, plans.RegionSettings
 
@@ -527,13 +528,14 @@ def test_without_a_feather_grey_is_the_weight_of_the_new_and_with_one_all_of_the
 
 @settings(max_examples=100, deadline=None)
 @given(
-    jobs(), tensor_rules, st.sampled_from([0.0, 0.5, 3.0, 40.0]), st.integers(1, 2), st.sampled_from(["off", "both"])
+    jobs(), tensor_rules, st.sampled_from([0.0, 0.5, 3.0, 12.0]), st.integers(1, 2), st.sampled_from(["off", "both"])
 )
 def test_what_may_change_is_all_that_changes(job: Any, rule: Any, feather: float, times: int, harmonize: str) -> None:
     pictures, mask = job
     crops, crop_masks, made = region.crop(pictures, mask, rule, feather=feather)
     new = random_pictures(times * len(crops), *made.plan.size, seed=1)
     changed = region.may_change(made, len(new))
+    assert torch.equal(masks.as_mask_batch(made.mask)[:, 0], made.mask)
     assert changed.shape == (len(new), *pictures.shape[1:3]) and set(changed.unique().tolist()) <= {0.0, 1.0}
     result = region.stitch(made, new, region.Harmony(harmonize))
     for index, picture in enumerate(result):

@@ -56,20 +56,20 @@ def overlap(found: torch.Tensor, true: torch.Tensor) -> float:
     return float((found & true).sum() / (found | true).sum())
 
 
-def best(segmenter, picture: torch.Tensor, prompt) -> torch.Tensor:
-    (found,) = segmenter.segment(picture, [prompt])
-    mask, _ = found.pick("best")
-    assert mask.shape == picture.shape[:2]
-    return mask
+def best(segmenter, picture: torch.Tensor, *prompts) -> list[torch.Tensor]:
+    masks = [found.pick("best")[0] for found in segmenter.segment(picture, prompts)]
+    assert all(mask.shape == picture.shape[:2] for mask in masks)
+    return masks
 
 
 def test_the_file_is_small() -> None:
     assert FILE.stat().st_size < 5e6
 
 
-@pytest.mark.parametrize("kind", ["point", "box", "rough"])
-def test_it_finds_the_thing_that_is_meant(segmenter, things, kind: str) -> None:
-    found = []
+@pytest.fixture(scope="module")
+def overlaps(segmenter, things) -> dict[str, list[float]]:
+    """How much of each thing is found by a point, by its box and by a rough mask, at one look."""
+    found: dict[str, list[float]] = {"point": [], "box": [], "rough": []}
     for number, (picture, mask) in enumerate(things):
         prompts = {
             "point": Prompt([point_in(mask, number)]),
@@ -77,7 +77,14 @@ def test_it_finds_the_thing_that_is_meant(segmenter, things, kind: str) -> None:
             # A thing's own mask, three pixels too large.
             "rough": Prompt(rough=F.max_pool2d(mask[None, None].float(), 7, stride=1, padding=3)[0, 0]),
         }
-        found.append(overlap(best(segmenter, picture, prompts[kind]), mask))
+        for kind, answer in zip(prompts, best(segmenter, picture, *prompts.values()), strict=True):
+            found[kind].append(overlap(answer, mask))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["point", "box", "rough"])
+def test_it_finds_the_thing_that_is_meant(overlaps, kind: str) -> None:
+    found = overlaps[kind]
     assert sum(found) / len(found) >= 0.9, np.round(found, 2)
 
 
@@ -87,7 +94,7 @@ def test_it_finds_the_thing_that_is_meant(segmenter, things, kind: str) -> None:
 def test_points_and_boxes_count_the_pictures_own_pixels(segmenter, things, height: int, width: int) -> None:
     """Landscape, portrait, larger, smaller and odd: a cut or scaled scene, and what is meant cut or scaled with it."""
     found = []
-    for number, (picture, mask) in enumerate(things):
+    for number, (picture, mask) in enumerate(things[::2]):
         scale = max(height, width) / 256
         pixels = picture.movedim(-1, 0)[None]
         if scale != 1:
@@ -97,11 +104,9 @@ def test_points_and_boxes_count_the_pictures_own_pixels(segmenter, things, heigh
         pixels, mask = pixels[0].movedim(0, -1)[:height, :width], mask[:height, :width]
         if mask.sum() < LEAST_PIXELS * scale**2:
             continue
-        found += [
-            overlap(best(segmenter, pixels, prompt), mask)
-            for prompt in (Prompt([point_in(mask, number)]), Prompt(box=box_of(mask)))
-        ]
-    assert len(found) >= SCENES
+        answers = best(segmenter, pixels, Prompt([point_in(mask, number)]), Prompt(box=box_of(mask)))
+        found += [overlap(answer, mask) for answer in answers]
+    assert len(found) >= SCENES // 2
     assert sum(found) / len(found) >= 0.85, np.round(found, 2)
 
 
@@ -115,7 +120,7 @@ def test_a_point_beside_it_takes_things_away(segmenter, things) -> None:
             continue
         one, other = masks[:2]
         picture = torch.from_numpy(scene.picture).float() / 255.0
-        mask = best(segmenter, picture, Prompt([point_in(one, number)], [point_in(other, number)]))
+        (mask,) = best(segmenter, picture, Prompt([point_in(one, number)], [point_in(other, number)]))
         kept.append(float((mask & one).sum() / one.sum()))
         taken.append(float((mask & other).sum() / other.sum()))
     assert len(kept) > SCENES / 3

@@ -20,6 +20,7 @@ from truefill_testing.random_segmenters import smooth_picture as picture
 
 reader = pack_module("weights.segmenters")
 segment = pack_module("selection.segmenters")
+Marks = pack_module("imaging.prompts").Marks
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_every_key_of_the_published_networks_has_its_place(kind: str) -> None:
     assert reader.segmenter_from_state(state, f"{kind}.pth", "segment-anything").state_dict().keys() == state.keys()
     model = reader.segmenter_from_state(state, f"{kind}.pth")
     twice = state["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"].numel()
-    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in state.values()) + twice
+    assert sum(t.numel() for t in model.state_dict().values()) == sum(t.numel() for t in state.values()) + twice
     config = model.config.vision_config
     assert (config.image_size, config.patch_size, config.window_size) == (1024, 16, 14)
     assert config.num_attention_heads == published.image_encoder.blocks[0].attn.num_heads
@@ -223,7 +224,7 @@ def test_a_picture_that_is_none_is_refused(segmenter) -> None:
     broken = picture(32, 32)
     broken[3, 4, 1] = float("nan")
     for wrong in (broken, picture(32, 32)[..., :2], picture(32, 32)[..., 0]):
-        with pytest.raises(ValueError, match="The picture to segment"):
+        with pytest.raises(ValueError, match=r"^'image' h"):
             segmenter.segment(wrong, [PROMPTS["a point"]])
 
 
@@ -275,16 +276,35 @@ def test_things_of_a_picture_are_one_mask_or_each_its_own(segmenter) -> None:
     assert torch.equal(apart[1] > 0, each[0][1][0]) and all_scores[1] == each[0][1][1]
 
 
+def marks(include=(), exclude=(), drawn=()) -> Any:
+    return Marks(list(include), list(exclude), list(drawn))
+
+
 def test_points_go_with_the_box_that_they_lie_in() -> None:
     boxes = [(0.0, 0.0, 10.0, 10.0), (20.0, 0.0, 30.0, 10.0)]
-    one, two = segment.prompts_for([(5.0, 5.0), (50.0, 50.0)], [(1.0, 1.0)], boxes, None)
+    given = marks([(5.0, 5.0), (50.0, 50.0)], [(1.0, 1.0)], boxes[:1])
+    ((one, two),) = segment.batch_prompts(given, [boxes[1:]])
     assert one == Prompt([(5.0, 5.0)], [(1.0, 1.0)], boxes[0]) and two == Prompt([], [(1.0, 1.0)], boxes[1])
-    assert segment.prompts_for([], [(1.0, 1.0)], [], None) == []
-    assert segment.prompts_for([], [], [], torch.zeros(4, 4)) == []
-    (rough,) = segment.prompts_for([], [], [], torch.ones(4, 4))
-    assert rough.rough is not None
-    (points,) = segment.prompts_for([(1.0, 2.0), (3.0, 4.0)], [], [], None)
+    ((points,),) = segment.batch_prompts(marks([(1.0, 2.0), (3.0, 4.0)]), [[]])
     assert points == Prompt([(1.0, 2.0), (3.0, 4.0)], [])
+    # Nothing says where something is: in any picture, or in the second.
+    assert segment.batch_prompts(marks(exclude=[(1.0, 1.0)]), [[], []]) == [[], []]
+    assert segment.batch_prompts(marks(), [boxes, []]) == [[Prompt([], [], box) for box in boxes], []]
+
+
+def test_a_rough_mask_goes_with_its_picture() -> None:
+    full = torch.ones(2, 4, 4)
+    # What soft mask models leave of nothing.
+    empty = torch.full((4, 4), 2 / 255)
+    each = segment.batch_prompts(marks(), [[], []], torch.stack([full[0], empty]))
+    assert [len(mine) for mine in each] == [1, 0] and torch.equal(each[0][0].rough, full[0])
+    for shared in (full[0], full[:1]):
+        each = segment.batch_prompts(marks(), [[], [(0.0, 0.0, 2.0, 2.0)]], shared)
+        assert all(torch.equal(one.rough, full[0]) for (one,) in each) and each[1][0].box == (0.0, 0.0, 2.0, 2.0)
+    with pytest.raises(
+        ValueError, match="'rough' has 2 masks, but 'image' is a batch of 3: connect one mask, or one for"
+    ):
+        segment.batch_prompts(marks(), [[], [], []], full)
 
 
 def test_a_prompt_that_points_nowhere_is_refused(segmenter) -> None:

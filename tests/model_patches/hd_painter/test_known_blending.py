@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from truefill_testing.pairwise import all_pairs
 from truefill_testing.scene import randn, relative_error
 from truefill_testing.small_models import small_model
 
@@ -21,6 +22,7 @@ import comfy.sample  # isort: skip
 import comfy.samplers  # isort: skip
 from truefill_testing.known_scene import (
     CFG,
+    KINDS,
     ROUNDING,
     SAMPLERS,
     SEED,
@@ -44,9 +46,7 @@ def _no_leftovers():
     forget_scenes()
 
 
-@kinds
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("sampler", ["euler", "ddim"])
+@pytest.mark.parametrize(("kind", "batch", "sampler"), all_pairs(KINDS, (1, 2), ("euler", "ddim")))
 def test_deterministic_samplers_are_the_paper(kind: str, batch: int, sampler: str) -> None:
     scene = Scene(kind, batch)
     literal = literal_of(kind, batch)
@@ -97,7 +97,7 @@ def test_part_of_a_schedule(kind: str) -> None:
     sigmas = scene.sigmas("normal", 8)[3:]
     assert_same(scene.host(scene.patched(), sigmas=sigmas), scene.literal(sigmas).x0, masked(scene))
     shorter = scene.sigmas("normal", 8)[3:7]
-    last = scene.literal(shorter).steps[-1]
+    last = scene.literal(shorter, parts=("steps.x0", "steps.eps")).steps[-1]
     expected = last.x0 + float(shorter[-1]) * last.eps
     assert_same(scene.host(scene.patched(), sigmas=shorter), expected)
 
@@ -143,7 +143,7 @@ def test_previews_show_the_blended_prediction(kind: str, sampler: str, eta: dict
     scene = Scene(kind)
     previews = Previews()
     scene.host(scene.patched(), sampler, callback=previews, **eta)
-    literal = scene.literal(noises=scene.default_noises(5), **eta)
+    literal = scene.literal(noises=scene.default_noises(5), parts=("steps.x0",), **eta)
     assert len(previews.x0) == len(literal.steps) == 6
     for preview, step in zip(previews.x0, literal.steps, strict=True):
         assert_same(preview, step.x0, masked(scene))
@@ -160,8 +160,7 @@ def test_previews_of_other_samplers_show_what_is_known(sampler: str) -> None:
         assert_same(preview[where], scene.known[where] * scene.scale, tolerance=ROUNDING)
 
 
-@kinds
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("kind", "sampler"), zip(KINDS * 3, SAMPLERS, strict=True))
 def test_all_hole_is_no_patch(kind: str, sampler: str) -> None:
     scene = Scene(kind, dtype=torch.float32)
     assert torch.equal(scene.host(scene.patched(mask=torch.ones(2, 50, 31)), sampler), plain_of(kind, sampler))
@@ -173,8 +172,7 @@ def test_all_hole_of_any_size_is_no_patch(size: tuple[int, ...]) -> None:
     assert torch.equal(scene.host(scene.patched(mask=torch.ones(size))), plain_of("x4", "euler"))
 
 
-@kinds
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("kind", "sampler"), zip(KINDS[::-1] * 3, SAMPLERS, strict=True))
 def test_strength_0_is_no_patch(kind: str, sampler: str) -> None:
     scene = Scene(kind, dtype=torch.float32)
     assert torch.equal(scene.host(scene.patched(strength=0.0), sampler), plain_of(kind, sampler))

@@ -168,7 +168,7 @@ def test_next_to_rasg(known_first: bool) -> None:
     scene = Scene("sd15")
     rasg = RASG(strength=1e-9, eta=0.5, mask=scene.mask)
     model = with_method(scene.patched(), rasg) if known_first else scene.patched(with_method(scene.patcher, rasg))
-    literal = scene.literal(eta=0.5, noises=scene.default_noises(5))
+    literal = scene.literal(eta=0.5, noises=scene.default_noises(5), parts=("x0", "steps.x0"))
     previews = Previews()
     assert_same(scene.host(model, callback=previews), literal.x0, masked(scene), ROUNDING)
     for preview, step in zip(previews.x0, literal.steps, strict=True):

@@ -222,9 +222,9 @@ def test_the_blend_stage() -> None:
     assert [nearest_timestep(float(sigma), table) for sigma in sigmas[:-1]] == [999, 749, 499, 249]
     noises = randn(4, 2, 4, *scene.size, seed=9)
     settings = {"interval": 1, "iterations": 1}
-    run = pilot(scene, sigmas, PilotSettings(gamma=0.501, **settings), blend_noise=lambda index: noises[index])
+    run = pilot(scene, sigmas, PilotSettings(gamma=0.501, **settings), blend_noise=noises)
     assert [step.step for step in run.iterations] == [0, 1, 2]
-    run = pilot(scene, sigmas, PilotSettings(gamma=0.5, **settings), blend_noise=lambda index: noises[index])
+    run = pilot(scene, sigmas, PilotSettings(gamma=0.5, **settings), blend_noise=noises)
     assert [step.step for step in run.iterations] == [0, 1]
     known = scene.hole.expand(-1, 4, -1, -1) == 0.0
     source = (scene.latent * scene.scale).double()

@@ -34,7 +34,7 @@ def bounded(model: Any, **settings: Any) -> Any:
 def error(scene: Scene, sigmas: torch.Tensor, model: Any, **literal: Any) -> float:
     ours = scene.host(sigmas, model)
     assert relative_error(ours, scene.host(sigmas)) > 1e-3, "nothing was changed, so nothing was tested"
-    return relative_error(ours, scene.literal(sigmas, **literal).latent)
+    return relative_error(ours, scene.literal_latent(sigmas, **literal))
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,15 @@ def error(scene: Scene, sigmas: torch.Tensor, model: Any, **literal: Any) -> flo
 def test_every_family(family: str, inpainting: bool, masked: bool) -> None:
     scene = Scene(family, inpainting, masked)
     assert error(scene, scene.sigmas("simple", 4), bounded(scene.patcher), boundary=1.0) < TOLERANCE
+
+
+@pytest.mark.quick
+def test_float32_is_as_exact_as_the_host() -> None:
+    """One step: the error is the host's own, within a factor."""
+    scene = Scene("sd15", False, True, torch.float32)
+    sigmas = scene.sigmas("simple", 4)[1:3]
+    hosts_own = relative_error(scene.host(sigmas), scene.literal_latent(sigmas))
+    assert error(scene, sigmas, bounded(scene.patcher), boundary=1.0) < max(4 * hosts_own, 1e-5)
 
 
 def test_a_part_of_the_strength() -> None:
@@ -130,7 +139,7 @@ def test_a_picture_without_a_hole_is_left_alone_in_a_batch() -> None:
     mask = torch.cat([boxes((16, 13), (slice(3, 9), slice(4, 13))), torch.zeros(1, 1, 16, 13)])
     ours, plain = scene.host(sigmas, bounded(scene.patcher, mask=mask)), scene.host(sigmas)
     assert relative_error(ours[:1], plain[:1]) > 1e-3 and relative_error(ours[1:], plain[1:]) < 1e-6
-    assert relative_error(ours, scene.literal(sigmas, boundary=1.0, guided_hole=mask).latent) < TOLERANCE
+    assert relative_error(ours, scene.literal_latent(sigmas, boundary=1.0, guided_hole=mask)) < TOLERANCE
 
 
 def test_it_acts_between_start_and_end_only() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -12,7 +12,8 @@ import torch
 from devtools.pack import pack_module
 from truefill_testing.literal_sampling import alpha_bar, nearest_timestep, training_betas
 from truefill_testing.literal_unet import as_float64
-from truefill_testing.literal_upscale import Run, Unet, literal_upscale
+from truefill_testing.literal_upscale import Network, Unet, literal_upscale
+from truefill_testing.oracle import kept
 from truefill_testing.scene import randn, relative_error
 from truefill_testing.small_models import small_conditioning, small_model, small_upscaler, upscaler_conditioning
 
@@ -134,15 +135,12 @@ class Scene:
             )
         return latent.double() * self.scale
 
-    def unet(self, x: torch.Tensor, timestep: int, conditional: bool) -> torch.Tensor:
-        """The model's output in float64, from what the host would give it."""
-        ((context, _),) = self.positive if conditional else self.negative
-        inputs: dict[str, Any] = {"context": context.double().expand(self.batch, -1, -1), "transformer_options": {}}
-        if self.kind == "x4":
-            x = torch.cat([x, self.noised_image()], dim=1)
-            inputs["y"] = torch.full((self.batch,), NOISE_LEVEL)
-        with torch.inference_mode():
-            return exact_unet(self.kind)(x, torch.full((self.batch,), timestep), **inputs)
+    @property
+    def unet(self) -> Network:
+        """The model in float64, with what the host would give it."""
+        ((positive, _),), ((negative, _),) = self.positive, self.negative
+        image = self.noised_image() if self.kind == "x4" else None
+        return Network(exact_unet(self.kind), (positive, negative), image, NOISE_LEVEL)
 
     def noised_image(self) -> torch.Tensor:
         """The low-resolution picture in [-1, 1] with the noise of its level; the host seeds that with its seed - 10."""
@@ -159,9 +157,13 @@ class Scene:
         unet: Unet | None = None,
         cfg: float = CFG,
         v_prediction: bool | None = None,
+        parts: tuple[str, ...] = ("x0",),
         **options: Any,
-    ) -> Run:
-        """The oracle; `mask` [B or 1, 1, h, w], `known` in the model's scale."""
+    ) -> Any:
+        """The oracle's run; `mask` [B or 1, 1, h, w], `known` in the model's scale.
+
+        With `unet` it is computed anew, else it may be a kept one, of which only `parts` are there (see `oracle.kept`).
+        """
         levels = [float(sigma) for sigma in (self.sigmas() if sigmas is None else sigmas)]
         table = self.model.model_sampling.sigmas
         alphas = [alpha_bar(level) for level in levels]
@@ -169,7 +171,8 @@ class Scene:
         start = self.noise.double()
         if levels[0] < float(table[-1]) * (1 - 1e-5):
             start = alphas[0] ** 0.5 * self.latent.double() * self.scale + (1.0 - alphas[0]) ** 0.5 * start
-        return literal_upscale(
+        upscale = literal_upscale if unet is not None else partial(kept, parts, literal_upscale)
+        return upscale(
             self.unet if unet is None else unet,
             [nearest_timestep(level, table) for level in levels[:-1]],
             alphas,
@@ -216,7 +219,7 @@ def masked(scene: Scene) -> torch.Tensor:
 
 
 @cache
-def literal_of(kind: str, batch: int = 2) -> Run:
+def literal_of(kind: str, batch: int = 2) -> Any:
     return Scene(kind, batch).literal()
 
 

@@ -26,20 +26,22 @@ class Boundary:
 
     def bounded(self, probabilities: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """P [rows, heads, pixels, tokens] with what is silenced taken out."""
-        changed = probabilities.clone()
-        for row in range(len(changed)):
+        rows, _, pixels, tokens = probabilities.shape
+        kept = torch.ones(rows, pixels, tokens, dtype=probabilities.dtype)
+        for row in range(rows):
             if not self.hole[row].any():
                 continue
             known = known_pixels(self.hole[row, 0], grid)
-            for token in range(changed.shape[-1]):
+            for token in range(tokens):
                 if token % TEXT != 0:
-                    changed[row, :, known, token] *= 1.0 - self.strength
-        return changed
+                    kept[row, known, token] = 1.0 - self.strength
+        return probabilities * kept[:, None]
 
 
 def known_pixels(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Hole [h, w] -> bool [grid height * grid width]."""
     height, width = hole.shape
+    cells = hole.tolist()
     known = torch.ones(grid, dtype=torch.bool)
     for i in range(grid[0]):
         for j in range(grid[1]):
@@ -49,5 +51,5 @@ def known_pixels(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
             # The neighbours with a weight above 0: all of them must be hole.
             rows = [top] if y == top else [top, top + 1]
             columns = [left] if x == left else [left, left + 1]
-            known[i, j] = not all(hole[row, column] == 1.0 for row in rows for column in columns)
+            known[i, j] = not all(cells[row][column] == 1.0 for row in rows for column in columns)
     return known.flatten()

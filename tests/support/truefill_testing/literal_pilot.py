@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -117,7 +116,7 @@ def literal_pilot(
     settings: PilotSettings,
     *,
     v_prediction: bool = False,
-    blend_noise: Callable[[int], torch.Tensor] | None = None,
+    blend_noise: torch.Tensor | None = None,
     start_latent: torch.Tensor | None = None,
 ) -> PilotRun:
     """Fill the hole of each picture.
@@ -128,7 +127,7 @@ def literal_pilot(
     noise, latent [B, 4, h, w]: `latent` is that of the whole source picture
     positive      its `tokens` are the prompt tokens of L_sc
     hole          [B, 1, h, w], 0 or 1
-    blend_noise   the blend stage's noise [B, 4, h, w] of a step's index
+    blend_noise   the blend stage's noise for every step [steps, B, 4, h, w]
     start_latent  [B, 4, h, w], mixed with the noise at the start. By default nothing (0) if the schedule begins at the
                   last training timestep, otherwise `latent`
     """
@@ -154,7 +153,7 @@ def literal_pilot(
         if timestep < last_optimised:
             if blend_noise is None:
                 raise ValueError("the blend stage needs noise")
-            noised = math.sqrt(abar_t) * latent + math.sqrt(1.0 - abar_t) * blend_noise(index).double()
+            noised = math.sqrt(abar_t) * latent + math.sqrt(1.0 - abar_t) * blend_noise[index].double()
             z = hole * z + known * noised
         elif settings.interval <= steps and index % settings.interval == 0:
             weights = loss_weights(timestep, hole, settings)

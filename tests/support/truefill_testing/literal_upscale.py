@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -27,6 +28,31 @@ from .literal_sampling import true_ddim_sigma
 
 Unet = Callable[[torch.Tensor, int, bool], torch.Tensor]
 """(X_t [B, C, h, w], training timestep, conditional or not) -> the model's output [B, C, h, w], eps or v."""
+
+
+@dataclass(eq=False)
+class Network:
+    """The host's own network with two prompts, as a `Unet`.
+
+    network  float64 copy of the host's UNet (`as_float64`)
+    texts    the embeddings of the conditional and of the unconditional prompt, [1, L, C]
+    image    further channels [B, C, h, w], or None
+    level    their noise level, which the network is told as a class
+    """
+
+    network: torch.nn.Module
+    texts: tuple[torch.Tensor, torch.Tensor]
+    image: torch.Tensor | None = None
+    level: int = 0
+
+    def __call__(self, x: torch.Tensor, timestep: int, conditional: bool) -> torch.Tensor:
+        batch, text = len(x), self.texts[0 if conditional else 1]
+        inputs: dict[str, Any] = {"context": text.double().expand(batch, -1, -1), "transformer_options": {}}
+        if self.image is not None:
+            x = torch.cat([x, self.image], dim=1)
+            inputs["y"] = torch.full((batch,), self.level)
+        with torch.inference_mode():
+            return self.network(x, torch.full((batch,), timestep), **inputs)
 
 
 @dataclass

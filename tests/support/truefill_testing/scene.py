@@ -11,6 +11,7 @@ from devtools.pack import ensure_host
 
 from .literal_sampling import Prompt, Run, literal_sample
 from .literal_unet import as_float64
+from .oracle import kept
 from .small_models import small_conditioning, small_model
 
 ensure_host()
@@ -188,21 +189,38 @@ class Scene:
         guided_hole: torch.Tensor | None = None,
         **options: Any,
     ) -> Run:
-        return literal_sample(
-            exact_unet(self.family, self.inpainting),
-            self.model.model_sampling.sigmas,
-            sigmas,
-            self.noise,
-            self.latent * self.scale,
-            [self.prompt(self.positive)],
-            [self.prompt(self.negative)],
-            self.CFG if cfg is None else cfg,
-            v_prediction=self.v_prediction,
-            concat=(self.hole, self.masked_latent * self.scale) if self.inpainting else None,
-            noise_mask=self.hole if self.masked else None,
-            hole=self.hole if guided_hole is None else guided_hole,
+        """The literal loop's run, computed anew."""
+        return literal_sample(**self._literal_arguments(sigmas, cfg, guided_hole, **options))
+
+    def literal_latent(
+        self,
+        sigmas: torch.Tensor,
+        cfg: float | None = None,
+        guided_hole: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """The final latent of `literal`, float32: the kept one if there is one."""
+        arguments = self._literal_arguments(sigmas, cfg, guided_hole, **options)
+        return kept(("latent",), literal_sample, **arguments).latent
+
+    def _literal_arguments(
+        self, sigmas: torch.Tensor, cfg: float | None, guided_hole: torch.Tensor | None, **options: Any
+    ) -> dict[str, Any]:
+        return {
+            "unet": exact_unet(self.family, self.inpainting),
+            "table": self.model.model_sampling.sigmas,
+            "sigmas": sigmas,
+            "noise": self.noise,
+            "latent": self.latent * self.scale,
+            "positive": [self.prompt(self.positive)],
+            "negative": [self.prompt(self.negative)],
+            "cfg": self.CFG if cfg is None else cfg,
+            "v_prediction": self.v_prediction,
+            "concat": (self.hole, self.masked_latent * self.scale) if self.inpainting else None,
+            "noise_mask": self.hole if self.masked else None,
+            "hole": self.hole if guided_hole is None else guided_hole,
             **options,
-        )
+        }
 
     def assert_same(self, host: torch.Tensor, literal: Run) -> None:
         exact = self.model.diffusion_model.dtype == torch.float64
