@@ -64,7 +64,11 @@ def picture(height: int, width: int, seed: int) -> torch.Tensor:
 
 def detector_row(height: int, width: int) -> dict[str, Any]:
     """The detector's figures: it looks at a picture anew for every text."""
-    detector = detectors.Detector.of(network("dino_swin_t"), tokenizer())
+    made = network("dino_swin_t")
+    detector, size = (
+        detectors.Detector.of(made, tokenizer()),
+        detectors.scaled_size(height, width, made.config.num_queries),
+    )
     detector.detect(picture(height, width, seed=1), ["cup"])
     with PeakMemory(comfy.model_management.get_torch_device()) as memory:
         started = time.perf_counter()
@@ -76,7 +80,7 @@ def detector_row(height: int, width: int) -> dict[str, Any]:
         "first, s": seconds,
         "next, s": seconds,
         "memory, MiB": memory.bytes / MIB,
-        "asked for, MiB": detectors.memory(*detectors.scaled_size(height, width)) / MIB,
+        "asked for, MiB": detectors.memory(*size) / MIB,
     }
 
 

@@ -76,6 +76,17 @@ def with_rows(role: str, entry: dict[str, Any], latent_size: tuple[int, int]) ->
     return {**entry, "model_conds": {**entry["model_conds"], ROWS_KEY: RowsCond(rows, latent_size)}}
 
 
+def has_weight(entry: dict[str, Any]) -> bool:
+    """Whether anything of a guider's conditioning entry counts: the host multiplies what it predicts by its strength and mask."""
+    if "default" in entry:
+        # It takes what the others leave, whatever its strength.
+        return True
+    mask = entry.get("mask")
+    return entry.get("strength", 1.0) != 0 and (
+        mask is None or (entry.get("mask_strength", 1.0) != 0 and bool(mask.any()))
+    )
+
+
 def by_role(conds: Conds) -> tuple[Conds | None, Conds | None]:
     """`conds` without the negative prompts', and the negative prompts' alone; None where nothing is left of them."""
     negative = [any(_is_negative(entry) for entry in entries or ()) for entries in conds]

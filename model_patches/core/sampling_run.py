@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from ...imaging.masks import as_mask_batch
 from .autograd import make_weights_ordinary
-from .call_rows import ROWS_KEY, Conds, PromptRows, with_rows
+from .call_rows import ROWS_KEY, Conds, PromptRows, has_weight, with_rows
 from .holes import hole_on_latent
 from .protocol import Method, MethodRun, UNetCall
 from .unet_attention import TransformerPlace, transformer_places
@@ -242,11 +242,15 @@ class SamplingRun:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within it the run's options reach its methods, and the guider's conditionings say which rows of a call are theirs."""
+        """Within it the run's options reach its methods, and the guider's conditionings say which rows of a call are theirs.
+
+        Those without any weight are left out: no method shall go by a prompt that the picture doesn't follow.
+        """
         options, original = self.options, self._guider.conds
         self.options = self._with_wrappers(create_model_options_clone(options))
         self._guider.conds = {
-            role: [with_rows(role, entry, self._latent_size) for entry in entries] for role, entries in original.items()
+            role: [with_rows(role, entry, self._latent_size) for entry in entries if has_weight(entry)]
+            for role, entries in original.items()
         }
         try:
             yield

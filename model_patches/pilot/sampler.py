@@ -339,7 +339,7 @@ def _positive_entries(guider: Any) -> list[dict[str, Any]]:
         raise ValueError(
             "PILOT optimises by the positive prompt, and this guider has none: use CFG Guider or Basic Guider."
         )
-    return [entry for entry in entries if entry.get("strength", 1.0) != 0.0]
+    return entries
 
 
 def _require_text_to_image(model: Any) -> None:

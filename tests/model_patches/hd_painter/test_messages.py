@@ -1,4 +1,4 @@
-"""What is said where a run can't go on, or where two nodes don't go together: the right cause, in the words of the user's menus."""
+"""What is said where a run cannot go on, or two nodes do not go together: the right cause, in the words of the menus."""
 
 from __future__ import annotations
 
