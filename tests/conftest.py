@@ -43,6 +43,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m quick` leaves files without a quick test alone: most of them import the host."""
+    if config.option.markexpr != "quick" or not collection_path.match("test_*.py"):
+        return None
+    return None if "mark.quick" in collection_path.read_text(encoding="utf-8") else True
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The models are tiny: one thread is fastest, and rounds the same on every machine.
     torch.set_num_threads(1)

@@ -17,6 +17,8 @@ from PIL import Image
 
 from devtools.pack import ROOT
 
+pytestmark = pytest.mark.quick
+
 WORKFLOWS = ROOT / "workflows"
 HELP = ROOT / "js" / "docs"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))

@@ -320,7 +320,8 @@ class SamplingRun:
         """Wrapper around one call of the UNet."""
         rows: tuple[PromptRows, ...] | None = kwargs.pop(ROWS_KEY, None)
         options = {} if transformer_options is None else transformer_options.copy()
-        if rows is None:
+        acting = self._acting()
+        if rows is None or not acting:
             return executor(x, timesteps, context, y, control, options, **kwargs)
         self._check_rows(x, rows)
         unet = executor.class_obj
@@ -345,7 +346,6 @@ class SamplingRun:
             arguments = (call.x, call.timesteps, call.context, call.y, call.control, call.options)
             return executor(*arguments, **call.keywords)
 
-        acting = self._acting()
         for method in acting:
             call_unet = functools.partial(method.call_unet, call_unet)
         with ExitStack() as edits:

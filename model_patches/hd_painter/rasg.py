@@ -85,7 +85,7 @@ class RASGRun(MethodRun):
         self._recording = False
         self._graph_on_cpu = False
         self._gradient: torch.Tensor | None = None
-        if _mixes_prompts(run.options):
+        if settings.eta > 0 and _mixes_prompts(run.options):
             logging.warning(
                 "RASG: NAGuidance mixes positive and negative prompt inside the model, and RASG evaluates them one after the "
                 "other, so NAGuidance has no effect while RASG acts."

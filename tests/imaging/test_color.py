@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 color = pack_module("imaging.color")
 
 MODES = ["mean", "covariance"]

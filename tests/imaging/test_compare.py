@@ -7,6 +7,8 @@ import torch
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 comparing = pack_module("imaging.compare")
 compare, heat_map = comparing.compare, comparing.heat_map
 

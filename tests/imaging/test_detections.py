@@ -10,6 +10,8 @@ import torch
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 detections = pack_module("imaging.detections")
 Choice, Detection = detections.Choice, detections.Detection
 

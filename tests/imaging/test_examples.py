@@ -6,6 +6,8 @@ import pytest
 
 from devtools.pack import ROOT, pack_module
 
+pytestmark = pytest.mark.quick
+
 examples = pack_module("imaging.examples")
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 fill = pack_module("imaging.fill")
 METHODS = ("blurred", "edge", "mean", "noise", "gray")
 

@@ -7,6 +7,8 @@ import torch
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 harmonizing = pack_module("imaging.harmonize")
 masks = pack_module("imaging.masks")
 MODES = ("off", "color", "poisson", "both")

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 masks = pack_module("imaging.masks")
 
 side = st.integers(1, 40)

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 poisson = pack_module("imaging.poisson")
 
 LEVEL = 1 / 255

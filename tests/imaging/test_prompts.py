@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 prompts = pack_module("imaging.prompts")
 
 BOX = {"x": 3, "y": 5, "width": 10, "height": 20}

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence, sliced
 
+pytestmark = pytest.mark.quick
+
 region = pack_module("imaging.region")
 masks = pack_module("imaging.masks")
 plans = pack_module("imaging.region_plan")

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence, sliced
 
+pytestmark = pytest.mark.quick
+
 region_plan = pack_module("imaging.region_plan")
 Box, Settings = region_plan.Box, region_plan.RegionSettings
 

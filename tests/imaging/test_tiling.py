@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from devtools.pack import pack_module
 from truefill_testing.regions import one_sentence
 
+pytestmark = pytest.mark.quick
+
 tiling = pack_module("imaging.tiling")
 Box = pack_module("imaging.region_plan").Box
 

@@ -7,6 +7,8 @@ import torch
 
 from devtools.pack import pack_module
 
+pytestmark = pytest.mark.quick
+
 autograd = pack_module("model_patches.core.autograd")
 
 

@@ -18,6 +18,8 @@ import comfy.text_encoders.sd2_clip  # noqa: E402
 
 import nodes as host_nodes  # noqa: E402
 
+pytestmark = pytest.mark.quick
+
 prompt_tokens = pack_module("model_patches.core.prompt_tokens")
 
 TOKENIZERS = {

@@ -59,6 +59,7 @@ class QuietRun(protocol.MethodRun):
 
 
 class TestAToyMethod:
+    @pytest.mark.quick
     def test_it_is_the_hosts_own_patch(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 3)
         patched = scene.patcher.clone()
@@ -88,6 +89,7 @@ class TestAToyMethod:
         late = scene.host(sigmas, with_method(scene.patcher, Quiet(start_percent=0.5)))
         assert relative_error(late, plain) > 1e-3 and relative_error(late, scene.host(sigmas, model)) > 1e-3
 
+    @pytest.mark.quick
     def test_messages_name_those_that_are_present(self, scene: Scene) -> None:
         unmasked = Scene("sd15", False, False, torch.float32)
         with pytest.raises(ValueError, match=r"^Quiet needs to know where the hole is"):
@@ -141,6 +143,7 @@ class ReferenceRun(protocol.MethodRun):
         return nullcontext()
 
 
+@pytest.mark.quick
 def test_a_second_network_under_the_hosts_memory_manager(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     second = small_model("sd15", False, seed=7)
     loaded, seen, scaled = [], [], []
@@ -215,6 +218,7 @@ def first_layers(unet: Any) -> list[torch.nn.Module]:
     return [block[0] for block in (unet.input_blocks[1], unet.middle_block, unet.output_blocks[0])]
 
 
+@pytest.mark.quick
 def test_adding_to_layers_inputs(scene: Scene) -> None:
     sigmas = scene.sigmas("simple", 2)
     unet = scene.model.diffusion_model
@@ -238,6 +242,7 @@ def test_adding_to_layers_inputs(scene: Scene) -> None:
     assert relative_error(branched, plain) > 1e-3
 
 
+@pytest.mark.quick
 def test_an_error_in_a_method_leaves_nothing_behind(scene: Scene) -> None:
     class Failing(QuietRun):
         def call_unet(self, call_next: Any, call: Any) -> torch.Tensor:

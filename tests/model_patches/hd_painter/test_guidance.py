@@ -46,6 +46,7 @@ def hooks_on(unet: torch.nn.Module) -> int:
 
 
 class TestOrderAndRepetition:
+    @pytest.mark.quick
     def test_the_order_of_the_nodes_does_not_matter(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 3)
         one = sampling_run.with_method(sampling_run.with_method(scene.patcher, PAIntA()), RASG(eta=0.1))
@@ -65,12 +66,14 @@ class TestOrderAndRepetition:
         assert sampling_run.KEY not in scene.patcher.model_options
         assert hooks_on(scene.model.diffusion_model) == 0
 
+    @pytest.mark.quick
     def test_the_last_of_two_equal_nodes_counts(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 2)
         twice = sampling_run.with_method(sampling_run.with_method(scene.patcher, PAIntA()), PAIntA(strength=0.3))
         once = sampling_run.with_method(scene.patcher, PAIntA(strength=0.3))
         assert torch.equal(scene.host(sigmas, twice), scene.host(sigmas, once))
 
+    @pytest.mark.quick
     def test_strength_0_takes_an_earlier_node_back(self, scene: Scene) -> None:
         sigmas = scene.sigmas("simple", 2)
         model = sampling_run.with_method(
@@ -141,6 +144,7 @@ class TestSamplers:
         assert relative_error(guided[1:], random[1:]) < 1e-4
         assert relative_error(guided[:1], random[:1]) > 1e-2
 
+    @pytest.mark.quick
     def test_a_deterministic_sampler_is_refused_in_one_sentence(self, scene: Scene) -> None:
         model = sampling_run.with_method(scene.patcher, RASG())
         with pytest.raises(ValueError, match=r"'heun' adds none: choose euler, ddim") as refused:
@@ -456,6 +460,7 @@ class TestErrors:
         assert_close(scene.host(sigmas, model), expected, 1e-5)
         assert where == [True] * 3
 
+    @pytest.mark.quick
     def test_a_model_without_a_unet_is_refused(self) -> None:
         class Flux(torch.nn.Module):
             diffusion_model = torch.nn.Linear(1, 1)

@@ -54,6 +54,7 @@ def test_deterministic_samplers_are_the_paper(kind: str, batch: int, sampler: st
     assert_same(scene.host(scene.patched(), sampler), literal.x0, masked(scene))
 
 
+@pytest.mark.quick
 @kinds
 def test_float32_is_as_exact_as_the_host(kind: str) -> None:
     """With float32 weights the model's own rounding counts, CFG times; the deviation is less with the known part in it."""

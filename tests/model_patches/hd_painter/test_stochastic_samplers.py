@@ -128,6 +128,7 @@ def test_churn_is_refused() -> None:
         stochastic.with_noise(churning, 0.1, default_noise)
 
 
+@pytest.mark.quick
 def test_the_given_sampler_is_not_changed() -> None:
     host = comfy.samplers.ksampler("euler_ancestral", {"eta": 0.7})
     function = host.sampler_function
@@ -136,6 +137,7 @@ def test_the_given_sampler_is_not_changed() -> None:
     assert host.sampler_function is function
 
 
+@pytest.mark.quick
 def test_released_sigma_is_its_formula() -> None:
     model_sampling = model().model.model_sampling
     betas = training_betas()
@@ -153,6 +155,7 @@ def test_released_sigma_is_for_ddim_alone() -> None:
         stochastic.with_noise(comfy.samplers.sampler_object("dpmpp_2m_sde"), 0.1, default_noise, "released")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["lcm", "ddpm", "er_sde", "sa_solver"])
 def test_samplers_without_an_eta_say_so(name: str) -> None:
     assert not stochastic.has_eta(comfy.samplers.sampler_object(name))

@@ -83,6 +83,7 @@ def pointwise(diffusion: Any, calls: list[dict[str, Any]]) -> Any:
     return replace(diffusion, model=model)
 
 
+@pytest.mark.quick
 def test_an_all_hole_picture_in_one_tile_is_the_hosts_plain_x4_sampling() -> None:
     low = pictures(1, 16, 24)
     diffusion, sampling = x4()
@@ -123,6 +124,7 @@ def test_outside_of_the_widened_hole_the_picture_is_the_original_bit_for_bit(har
     assert torch.equal(result[..., 3], picture[..., 3])
 
 
+@pytest.mark.quick
 def test_without_a_hole_nothing_is_sampled() -> None:
     picture = pictures(2, 40, 40)
     diffusion, sampling = x4()
@@ -133,6 +135,7 @@ def test_without_a_hole_nothing_is_sampled() -> None:
     assert torch.equal(result, picture) and not calls and not diffusion.vae.seen
 
 
+@pytest.mark.quick
 def test_tiles_give_what_one_tile_gives_where_the_model_is_local() -> None:
     picture, low, mask = pictures(1, 200, 264), pictures(1, 50, 66), square(200, 264, 20, 30, 150)
     diffusion, sampling = x4(steps=4)
@@ -271,6 +274,7 @@ class Nearest:
         return F.interpolate(picture, scale_factor=2, mode="nearest")
 
 
+@pytest.mark.quick
 def test_an_upscale_model_alone_fills_the_hole_with_what_it_makes() -> None:
     picture, low, mask = pictures(1, 64, 96), pictures(1, 32, 48), square(64, 96, 20, 30, 24)
     result = upscaling.upscale_hole(
