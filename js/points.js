@@ -6,6 +6,8 @@ const NODES = ['TrueFillSegment', 'TrueFillPoints']
 const FIELDS = ['include', 'exclude', 'drawn']
 const START_SIZE = [420, 560]
 const MIN_HEIGHT = 260
+// In pixels of the canvas: a thinner picture is shown thicker than it is, so that one can click on it.
+const THIN = 24
 // The widgets' texts and the pictures of other nodes change in many ways; none of them tells the others.
 const LOOK_EVERY = 250
 // In pixels of the screen: a longer way is a box, a shorter distance is on the mark.
@@ -36,7 +38,8 @@ const STYLE = `
   container-type: size; border-radius: 5px; background: var(--comfy-input-bg, #222); }
 .truefill-points-hint { margin: 0; padding: 12px; text-align: center; opacity: 0.8; }
 .truefill-points-stage { --zoom: 1; --x: 0px; --y: 0px; position: relative; cursor: crosshair; touch-action: none;
-  width: calc(min(100cqw, 100cqh * var(--ratio)) * var(--zoom)); aspect-ratio: var(--ratio);
+  width: calc(max(${THIN}px, min(100cqw, 100cqh * var(--ratio))) * var(--zoom));
+  height: calc(max(${THIN}px, min(100cqh, 100cqw / var(--ratio))) * var(--zoom));
   transform: translate(var(--x), var(--y)); user-select: none; }
 .truefill-points-stage img { position: absolute; inset: 0; width: 100%; height: 100%; max-width: none; margin: 0;
   pointer-events: none; }

@@ -75,10 +75,15 @@ class PAIntARun(MethodRun):
         """No rows of a positive prompt will come: rows for which no relevance is known stay plain."""
         self._run = run
         self._positive_first = False
+        self._found_at: float | None = None
+        """Noise level at which the relevance was found."""
         self._groups: dict[tuple[Any, ...], list[SameHole]] = {}
 
     def evaluate(self, call_next: Callable[[Conds], list[torch.Tensor]], conds: Conds) -> list[torch.Tensor]:
         positives, negatives = by_role(conds)
+        if self._run.sigma != self._found_at:
+            self.relevance.clear()
+            self._found_at = self._run.sigma
         if positives is None:
             # Another node (SAG, say) asks for the negative prompt alone: it keeps the relevance found at this noise level.
             with self._without_positive():

@@ -292,7 +292,10 @@ def test_an_upscale_model_alone_fills_the_hole_with_what_it_makes() -> None:
         (lambda d: {"diffusion": replace(d, vae=AreaVAE(8))}, "VAE"),
         (lambda d: {"pictures": pictures(1, 64, 64) * torch.nan}, "NaN"),
         (lambda d: {"low": pictures(1, 16, 16)[..., :2]}, "'inpainted' has the shape"),
-        (lambda d: {"pictures": pictures(3, 64, 64), "low": pictures(2, 16, 16)}, "3 in 'image', 2 in 'inpainted', 1 in 'mask'"),
+        (
+            lambda d: {"pictures": pictures(3, 64, 64), "low": pictures(2, 16, 16)},
+            "3 in 'image', 2 in 'inpainted', 1 in 'mask'",
+        ),
     ],
     ids=["nothing", "both", "the wrong VAE", "NaN", "two channels", "counts"],
 )
