@@ -237,8 +237,8 @@ def conditioned(family: str, by: str, prompt: str) -> tuple[list, Expected]:
     return with_pooled_of(family, made), expected
 
 
-def scene_with(family: str, positive: list) -> Scene:
-    scene = Scene(family, False, True, hole=HOLE)
+def scene_with(family: str, positive: list, hole: torch.Tensor = HOLE) -> Scene:
+    scene = Scene(family, False, True, hole=hole)
     scene.positive = positive
     return scene
 
@@ -300,18 +300,29 @@ class TestInSampling:
         assert torch.allclose(spied.centralisation[0].double(), right, rtol=TOLERANCE, atol=1e-7)
         assert bool((right != 0).any()) == bool(expected.words.any())
 
-    def test_each_picture_of_a_batch_by_its_own_prompt(self, spied: Spied) -> None:
-        clip, texts = small_clip("sd15"), ("a red rose in a vase", "tulips")
-        entries = [entry for text in texts for entry in encoded(clip, text)]
-        embedding, pooled = (
-            torch.cat(parts) for parts in zip(*((t, o["pooled_output"]) for t, o in entries), strict=True)
-        )
-        scene = scene_with("sd15", [[embedding, {"pooled_output": pooled}]])
+    def test_each_picture_of_a_batch_by_its_own_prompt(self, read: Read, spied: Spied) -> None:
+        """Two prompts for three pictures: the host repeats them."""
+        clip, texts = small_clip("sd15"), ("a red rose in a vase", "tulips", "a red rose in a vase")
+        entries = [entry for text in texts[:2] for entry in encoded(clip, text)]
+        embedding = torch.cat([text for text, _ in entries])
+        pooled = torch.cat([options["pooled_output"] for _, options in entries])
+        expected = [expected_of_hosts(clip, text) for text in texts]
+        hole, unet = HOLE[[0, 1, 1]], exact_unet("sd15", False)
+        scene = scene_with("sd15", [[embedding, {"pooled_output": pooled}]], hole)
+
         model, calls = recording(scene.patcher)
         scene.host(in_the_middle(scene), model, sampler(interval=1, iterations=1))
-        words = torch.stack([expected_of_hosts(clip, text).words for text in texts])
-        right = pilots_reading(exact_unet("sd15", False), calls[0].of_positive(), HOLE, words, [0])
+        words = torch.stack([of_text.words for of_text in expected])
+        right = pilots_reading(unet, calls[0].of_positive(), hole, words, [0])
         assert torch.allclose(spied.centralisation[0].double(), right, rtol=TOLERANCE, atol=1e-7)
+
+        model, calls = recording(with_hd_painter_and_boundary(scene))
+        scene.host(in_the_middle(scene), model)
+        tokens = torch.stack([of_text.words_and_ends for of_text in expected])
+        reading = hd_painters_reading(unet, calls[0].of_positive(), hole, tokens, [0])
+        assert float(sum(read.scores)) == pytest.approx(float(reading.score.sum()), rel=TOLERANCE)
+        for c, of_literal in zip((c for of_block in read.c for c in of_block), reading.c, strict=True):
+            assert float((c - of_literal).abs().max()) < TOLERANCE
 
     def test_another_set_is_noticed(self, read: Read, spied: Spied) -> None:
         """What the tests above compare is far apart for the words alone, with the end, and with the padding."""

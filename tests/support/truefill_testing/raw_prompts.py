@@ -259,11 +259,17 @@ class Reading:
 def hd_painters_reading(
     unet: torch.nn.Module, call: Call, hole: torch.Tensor, tokens: torch.Tensor, starts: list[int]
 ) -> Reading:
-    """Of a call of the positive prompt with PAIntA, RASG and semantic boundary control on; `tokens` bool [tokens]."""
-    pictures = range(len(call.x))
-    painta = Painta([Row(role="cond", sample=picture, tokens=tokens) for picture in pictures], hole.double())
+    """Of a call of the positive prompt with PAIntA, RASG and semantic boundary control on.
+
+    `tokens` bool [tokens], or [pictures, tokens].
+    """
+    pictures, tokens = range(len(call.x)), tokens.expand(len(call.x), -1)
+    rows = [Row(role="cond", sample=picture, tokens=tokens[picture]) for picture in pictures]
+    painta = Painta(rows, hole.double())
     output, recorded = _literal(unet, call, hole, starts, painta=painta)
-    scores = [objective(recorded, picture, tokens, hole[picture : picture + 1].double()) for picture in pictures]
+    scores = [
+        objective(recorded, picture, tokens[picture], hole[picture : picture + 1].double()) for picture in pictures
+    ]
     return Reading(output, torch.stack(scores), [c for of_place in painta.c.values() for c in of_place])
 
 
