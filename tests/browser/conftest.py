@@ -77,6 +77,9 @@ def drive(chromium: str) -> Callable[..., dict[str, Any]]:
             json.dumps({**always, "nodes2": mode == "nodes2", **job}),
         ]
         done = subprocess.run(command, env=_environment(), capture_output=True, text=True, cwd=ROOT, timeout=1500)
+        if done.returncode:
+            # What the page has started would keep the next one waiting.
+            server.client.interrupt()
         assert done.returncode == 0, f"{done.stderr}\n--- ComfyUI's log ---\n{server.tail()}"
         return json.loads(done.stdout)
 

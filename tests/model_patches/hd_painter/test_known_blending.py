@@ -217,7 +217,9 @@ MASKS = {
 def test_masks_of_any_size(name: str) -> None:
     scene = Scene("x4")
     mask = MASKS[name](scene)
-    literal = scene.literal(mask=area_mean(mask if mask.ndim == 3 else mask[None], scene.size).expand(2, -1, -1, -1))
+    # Up to 2 of 255 levels are noise and count as known, in the whole pack.
+    weights = torch.where((255 * mask).round() > 2, mask, 0.0)
+    literal = scene.literal(mask=area_mean(weights.reshape(-1, *mask.shape[-2:]), scene.size).expand(2, -1, -1, -1))
     assert_same(scene.host(scene.patched(mask=mask)), literal.x0)
 
 

@@ -22,11 +22,10 @@ from truefill_testing.literal_pilot import (
 )
 from truefill_testing.literal_sampling import alpha_bar, literal_sample, nearest_timestep
 from truefill_testing.literal_unet import CrossScores, literal_unet
-from truefill_testing.scene import Scene, boxes, exact_unet, forget_models, randn, relative_error, token_set
+from truefill_testing.scene import Scene, boxes, exact_unet, forget_models, randn, relative_error
 
 # Four levels: 16x13, 8x7, 4x4, 2x2. Both holes leave known pixels and pixels of the hole on the first three.
 HOLE = boxes((16, 13), (slice(2, 12), slice(3, 13)), (slice(4, 16), slice(0, 9)))
-TOKENS = token_set(*Scene.TOKENS)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -33,7 +33,7 @@ def literal(scene: Scene, sigmas: torch.Tensor, settings: PilotSettings, **optio
         sigmas,
         scene.noise,
         scene.latent * scene.scale,
-        scene.prompt(scene.positive),
+        scene.prompt(scene.positive, words_alone=True),
         scene.prompt(scene.negative),
         scene.CFG,
         (scene.hole > 0.5).double(),

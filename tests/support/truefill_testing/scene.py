@@ -72,7 +72,9 @@ class Scene:
     """A small model, a hole for each picture, and two prompts. `masked` adds a noise mask to the latent."""
 
     CFG = 7.5
-    TOKENS = (1, 2, 5)
+    WORDS, END = (1, 2), 5
+    TOKENS = (*WORDS, END)
+    """The tokens that HD-Painter's methods read; PILOT reads the words alone."""
 
     def __init__(
         self,
@@ -87,7 +89,8 @@ class Scene:
         self.model = self.patcher.model
         self.family, self.inpainting, self.masked, self.v_prediction = family, inpainting, masked, v_prediction
         self.positive, self.negative = small_conditioning(family, seed=1), small_conditioning(family, seed=2)
-        self.positive[0][1][TOKENS_KEY] = token_set(*self.TOKENS)[None]
+        # What `prompt_tokens` calls WORD and END.
+        self.positive[0][1][TOKENS_KEY] = (token_set(*self.WORDS).long() + 2 * token_set(self.END))[None]
         self.hole = two_boxes() if hole is None else hole
         batch, _, *self.size = self.hole.shape
         self.noise = randn(batch, 4, *self.size, seed=3).float()
@@ -176,11 +179,11 @@ class Scene:
             )
         return latent.double() * self.scale
 
-    def prompt(self, conditioning: list) -> Prompt:
+    def prompt(self, conditioning: list, words_alone: bool = False) -> Prompt:
         ((context, options),) = conditioning
         height, width = (8 * side for side in self.size)
         y = self.model.encode_adm(pooled_output=options["pooled_output"], width=width, height=height)
-        return Prompt(context, y, token_set(*self.TOKENS))
+        return Prompt(context, y, token_set(*(self.WORDS if words_alone else self.TOKENS)))
 
     def literal(
         self,
