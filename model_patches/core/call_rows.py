@@ -50,7 +50,9 @@ class RowsCond:
 
     def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **kwargs: object) -> RowsCond:
         cut = None if area is None or tuple(area) == (*self._latent_size, 0, 0) else tuple(area)
-        return RowsCond(replace(self.rows, area=cut), self._latent_size)
+        with torch.inference_mode(False):
+            tokens = self.rows.tokens.of_batch(batch_size)
+        return RowsCond(replace(self.rows, area=cut, tokens=tokens), self._latent_size)
 
     def can_concat(self, other: RowsCond) -> bool:
         return True

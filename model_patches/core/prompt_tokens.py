@@ -30,7 +30,8 @@ _Chunks = list[list[tuple[Any, ...]]]
 
 @dataclass(frozen=True, eq=False)
 class PromptTokens:
-    """The tokens of one prompt's embedding that are the prompt's own; both bool [1, tokens]."""
+    """The tokens of one prompt's embedding that are the prompt's own; both bool [1, tokens], or [B, tokens] where the embedding
+    is a batch of prompts that differ in them."""
 
     words: torch.Tensor
     ends: torch.Tensor
@@ -40,18 +41,25 @@ class PromptTokens:
     def words_and_ends(self) -> torch.Tensor:
         return self.words | self.ends
 
+    def of_batch(self, pictures: int) -> PromptTokens:
+        """The same for so many pictures, over which the host repeats a batch of prompts."""
+        if len(self.words) == 1:
+            return self
+        numbers = torch.arange(pictures) % len(self.words)
+        return PromptTokens(self.words[numbers], self.ends[numbers])
+
 
 def prompt_attention(query: torch.Tensor, key: torch.Tensor, heads: int, tokens: torch.Tensor) -> torch.Tensor:
     """The attention that each pixel pays to the prompt's own tokens, all of them together, in [0, 1]: [rows, pixels].
 
     `query` [rows, pixels, channels] and `key` [rows, text, channels] are the projections of a cross-attention, `tokens` a bool
-    tensor [1, text]. Softmax over all tokens, mean over heads.
+    tensor [1 or rows, text]. Softmax over all tokens, mean over heads.
     """
     rows, pixels, channels = query.shape
     q = full_precision(query).view(rows, pixels, heads, channels // heads).transpose(1, 2)
     k = full_precision(key).view(rows, -1, heads, channels // heads).transpose(1, 2)
     probabilities = ((q @ k.transpose(-1, -2)) * (channels // heads) ** -0.5).softmax(dim=-1)
-    return probabilities[..., tokens[0]].sum(dim=-1).mean(dim=1)
+    return (probabilities * tokens[:, None, None]).sum(dim=-1).mean(dim=1)
 
 
 def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
@@ -117,19 +125,32 @@ def prompt_tokens(options: dict[str, Any], text: torch.Tensor) -> PromptTokens:
         kinds[:, :shared] = known[:1, :shared]
     else:
         kinds[:, torch.arange(length) % CHUNK != 0] = WORD
-        end = _end_of_text(text, options.get("pooled_output"))
-        if end is not None:
-            kinds[:, end] = END
-            kinds[:, end + 1 : CHUNK] = 0
+        ends = _ends_of_texts(text, options.get("pooled_output"))
+        kinds = kinds.repeat(len(ends), 1)
+        for prompt, end in enumerate(ends):
+            if end is not None:
+                kinds[prompt, end] = END
+                kinds[prompt, end + 1 : CHUNK] = 0
     return PromptTokens(kinds == WORD, kinds == END)
 
 
-def _end_of_text(text: torch.Tensor, pooled: torch.Tensor | None) -> int | None:
-    """The place in the first chunk of `text` [B, tokens, channels] whose row is `pooled` [B, channels]; None where none is."""
-    if pooled is None or pooled.shape[-1] != text.shape[-1] or not pooled.any():
+def _ends_of_texts(text: torch.Tensor, pooled: torch.Tensor | None) -> list[int | None]:
+    """The places in the first chunk of `text` [B, tokens, channels] whose rows are `pooled` [1 or B, channels]; None without one.
+
+    One for each text of the batch, or a single one where they are the same.
+    """
+    if pooled is None or pooled.shape[-1] != text.shape[-1] or len(pooled) not in (1, len(text)):
+        return [None]
+    ends = [_end_of_text(own, row) for own, row in zip(text, pooled.expand(len(text), -1), strict=True)]
+    return ends if len(set(ends)) > 1 else ends[:1]
+
+
+def _end_of_text(text: torch.Tensor, pooled: torch.Tensor) -> int | None:
+    """The place in the first chunk of `text` [tokens, channels] whose row is `pooled` [channels]."""
+    if not pooled.any():
         return None
-    row = full_precision(pooled[:1]).to(text.device)
-    apart = (full_precision(text[0, 1:CHUNK]) - row).abs().amax(dim=1)
+    row = full_precision(pooled).to(text.device)
+    apart = (full_precision(text[1:CHUNK]) - row).abs().amax(dim=1)
     # The padding behind it is near it, never equal; half precision rounds both alike.
     hits = (apart <= 1e-5 * row.abs().max()).nonzero()[:, 0].tolist()
     return 1 + hits[0] if hits else None

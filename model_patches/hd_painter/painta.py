@@ -144,7 +144,7 @@ def prompt_relevance(
     """Relevance c of each pixel of a grid to the prompt: [rows, pixels] in [0, 1].
 
     `query` [rows, pixels, channels] and `key` [rows, text, channels] are the projections of the block's cross-attention,
-    `tokens` a bool tensor [1, text]. The attention paid to the prompt's own tokens (softmax over all tokens, mean over
+    `tokens` a bool tensor [1 or rows, text]. The attention paid to the prompt's own tokens (softmax over all tokens, mean over
     heads), smoothed, then clip((s - median(s)) / max(s), 0, 1).
     """
     s = prompt_attention(query, key, heads, tokens)

@@ -212,7 +212,7 @@ class RASGCall:
         batch = self._hole.shape[0]
         for number, rows in enumerate(self._call.rows):
             here = slice(number * batch, (number + 1) * batch)
-            tokens = rows.tokens.words_and_ends[0].nonzero()[:, 0].to(context.device)
+            tokens = rows.tokens.words_and_ends.any(dim=0).nonzero()[:, 0].to(context.device)
             query = full_precision(cross.to_q(n[here]))
             key = full_precision(cross.to_k(context[here][:, tokens]))
             # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
@@ -227,7 +227,14 @@ class RASGCall:
         score = self._latent.new_zeros(())
         for number, rows in enumerate(self._call.rows):
             hole = hole_cells(rows.cut(self._hole), grid).flatten(1).to(self._latent.device)
-            score = score + attention_score(self._scores[number] / len(self._cross), hole)
+            scores, own = self._scores[number] / len(self._cross), rows.tokens.words_and_ends
+            if len(own) == 1:
+                score = score + attention_score(scores, hole)
+                continue
+            own = own[:, own.any(dim=0)].to(scores.device)
+            for picture, tokens in enumerate(own):
+                here = slice(picture, picture + 1)
+                score = score + attention_score(scores[here, :, tokens], hole[here])
         # Half precision would lose the small gradient of a mean over many pixels.
         scale = float(grid[0] * grid[1]) if self._call.x.dtype == torch.float16 else 1.0
         (gradient,) = torch.autograd.grad(score * scale, self._latent)

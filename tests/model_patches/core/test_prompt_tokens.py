@@ -124,7 +124,7 @@ def test_a_clip_of_another_family_is_refused_in_one_sentence() -> None:
 
 def token_set_after(conditioning: list) -> list[list[int]]:
     return [
-        prompt_tokens.token_set_of(options, embedding.shape[1])[0].nonzero().flatten().tolist()
+        prompt_tokens.prompt_tokens(options, embedding).words_and_ends[0].nonzero().flatten().tolist()
         for embedding, options in conditioning
     ]
 
