@@ -104,7 +104,7 @@ HOLES = {
 @pytest.mark.parametrize("name", list(HOLES))
 def test_holes(name: str, painta: bool, rasg: bool) -> None:
     scene = Scene("sd15", False, True, hole=HOLES[name])
-    sigmas = scene.sigmas("simple", 4)
+    sigmas = scene.sigmas("simple", 2)
     ours = scene.host(sigmas, with_guidance(scene, painta, rasg))
     literal = scene.literal_latent(sigmas, **literal_options(painta, rasg))
     # Where all but one cell is known the deviation is small; the host's float32 latents round with their range.
@@ -148,17 +148,15 @@ def test_cfg_1_runs_the_conditional_half_alone(painta: bool, rasg: bool) -> None
     assert relative_error(ours, literal) < TOLERANCE
 
 
-@which
+@pytest.mark.parametrize("painta", [False, True])
 @pytest.mark.parametrize("v_prediction", [False, True])
-def test_eta_0_is_the_deterministic_sampler(v_prediction: bool, painta: bool, rasg: bool) -> None:
+def test_eta_0_is_the_deterministic_sampler(v_prediction: bool, painta: bool) -> None:
     scene = Scene("sd2", False, True, v_prediction=v_prediction)
     sigmas = scene.sigmas("karras", 3)
-    model = with_guidance(scene, painta, rasg, eta=0.0)
-    without = with_guidance(scene, painta, False)
-    deterministic = scene.host(sigmas, without)
+    model = with_guidance(scene, painta, True, eta=0.0)
+    deterministic = scene.host(sigmas, with_guidance(scene, painta, False))
     assert relative_error(scene.host(sigmas, model), deterministic) < TOLERANCE
-    if rasg:
-        assert relative_error(scene.host(sigmas, model, "euler_ancestral"), deterministic) < TOLERANCE
+    assert relative_error(scene.host(sigmas, model, "euler_ancestral"), deterministic) < TOLERANCE
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "euler_ancestral"])

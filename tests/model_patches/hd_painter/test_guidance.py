@@ -303,7 +303,7 @@ class TestOtherPatches:
         hole[..., 4:6, :] *= 0.7  # where Differential Diffusion differs from a plain noise mask
         scene = Scene("sd15", True, True, torch.float32, hole=hole)
         other = self.others()[name]
-        sigmas = scene.sigmas("simple", 4)
+        sigmas = scene.sigmas("simple", 2)
 
         def run(model: Any) -> torch.Tensor:
             torch.manual_seed(0)  # HyperTile draws its tiles from the global generator
