@@ -21,9 +21,11 @@ from comfy.sd import CLIP, VAE
 from comfy_extras.nodes_mask import composite
 
 from ..imaging.fill import fill_pictures
+from ..model_patches.best_start.best_start import BestStart
 from ..model_patches.core.diffusion import Sampling
 from ..model_patches.core.prompt_tokens import encode_prompt
 from ..model_patches.core.sampling_run import with_method
+from ..model_patches.core.unet_attention import AUTO, GRIDS
 from ..model_patches.hd_painter.painta import PAIntA
 from ..model_patches.hd_painter.rasg import RASG
 from ..model_patches.pilot.sampler import PILOT, pilot_sampler
@@ -73,19 +75,30 @@ class KSampling(Sampling):
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: which model, with PAIntA, with RASG of which eta, with a semantic boundary, or one of PILOTS."""
+    """One row of the table: which model, with PAIntA, with RASG of which eta reading which grid, with a semantic boundary, with
+    several starts to choose from after which share of the steps, or one of PILOTS."""
 
     model: str
     painta: bool = False
     eta: float | None = None
     boundary: bool = False
     pilot: str | None = None
+    grid: str = AUTO
+    candidates: int = 1
+    choose_at: float = 0.5
 
     @property
     def name(self) -> str:
         if self.pilot is not None:
             return self.pilot
-        parts = ["PAIntA"] * self.painta + ["RASG"] * (self.eta is not None) + ["SBC"] * self.boundary
+        grid = "" if self.grid == AUTO else f" {self.grid}"
+        share = "" if self.choose_at == BestStart.choose_at else f" at {self.choose_at:g}"
+        parts = (
+            ["PAIntA"] * self.painta
+            + [f"RASG{grid}"] * (self.eta is not None)
+            + ["SBC"] * self.boundary
+            + [f"best of {self.candidates}{share}"] * (self.candidates > 1)
+        )
         return " + ".join(parts) or "plain"
 
 
@@ -104,18 +117,24 @@ class Outcome:
 
 
 def methods(models: list[str], etas: list[float]) -> list[Method]:
-    """Plain, + PAIntA, + RASG and + both, + SBC, PILOT for each model that can; those with RASG for each eta."""
+    """Plain, PAIntA, RASG (for each eta) and SBC in all combinations, RASG on each grid, Best Start, and PILOT for models that can."""
+    combined = [
+        {"painta": painta, "eta": eta, "boundary": boundary}
+        for boundary in (False, True)
+        for eta in (None, *etas)
+        for painta in (False, True)
+    ]
+    grids = [{"eta": eta, "grid": grid} for grid in GRIDS for eta in etas]
+    starts = [
+        *({"candidates": candidates} for candidates in (2, 4, 8)),
+        {"candidates": 4, "choose_at": 0.25},
+        {"candidates": 4, "boundary": True},
+        *({"candidates": 4, "eta": eta} for eta in etas),
+    ]
     return [
-        method
+        Method(model, **options)
         for model in models
-        for method in (
-            Method(model),
-            Method(model, painta=True),
-            *(Method(model, eta=eta) for eta in etas),
-            *(Method(model, painta=True, eta=eta) for eta in etas),
-            Method(model, boundary=True),
-            *(Method(model, pilot=name) for name in PILOTS if model == "4-channel"),
-        )
+        for options in (*combined, *grids, *starts, *({"pilot": name} for name in PILOTS if model == "4-channel"))
     ]
 
 
@@ -138,9 +157,12 @@ def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
     if method.painta:
         model = with_method(model, PAIntA())
     if method.eta is not None:
-        model = with_method(model, RASG(eta=method.eta))
+        model = with_method(model, RASG(eta=method.eta, grid=method.grid))
     if method.boundary:
         model = with_method(model, SemanticBoundary())
+    if method.candidates > 1:
+        starts = BestStart(candidates=method.candidates, choose_at=method.choose_at, announce=lambda text: None)
+        model = with_method(model, starts)
     return model
 
 

@@ -156,6 +156,12 @@ class SamplingRun:
         """Whether any method takes part."""
         return bool(self._guests)
 
+    @property
+    def needs_every_evaluation(self) -> bool:
+        """Whether a method hears of each evaluation, so that the sampler can't go without one whose answer is known."""
+        methods = (type(guest.method) for guest in self._guests.values())
+        return any(method.begin_evaluation is not MethodRun.begin_evaluation for method in methods)
+
     def models(self, settings: Method) -> list[ModelPatcher]:
         """The method's further networks (`Method.models`), as the host has loaded them."""
         return self._guider.model_patcher.get_additional_models_with_key(_models_key(settings.name))
@@ -223,8 +229,7 @@ class SamplingRun:
         for guest in self._in_order():
             sampler = guest.method.sampler(sampler)
         function = getattr(sampler, "sampler_function", None)
-        methods = (type(guest.method) for guest in self._guests.values())
-        if function is None or all(method.begin_evaluation is MethodRun.begin_evaluation for method in methods):
+        if function is None or not self.needs_every_evaluation:
             return sampler
 
         @functools.wraps(function)

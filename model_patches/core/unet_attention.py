@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,13 @@ from comfy.ldm.modules.attention import (
     optimized_attention,
 )
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
+
+GRIDS = {"1/32": (4,), "1/16": (2,), "both": (2, 4)}
+"""Where attention may be read, as a part of the picture's side: latent cells per grid cell."""
+
+AUTO = "auto"
+_USUAL_GRID = 16
+"""Cells on a side at 1/32 of the 512 pixels that Stable Diffusion 1.5 has learned on."""
 
 Place = tuple[str, int, int]
 """("input" | "middle" | "output", index of the UNet block, index within its SpatialTransformer)."""
@@ -51,6 +59,30 @@ def transformer_places(unet: UNetModel) -> list[TransformerPlace]:
                 elif isinstance(layer, Upsample) or (isinstance(layer, ResBlock) and _resamples(layer, Upsample)):
                     factor //= 2
     return found
+
+
+def chosen_factors(grid: str, size: tuple[int, int]) -> tuple[int, ...]:
+    """The levels, in latent cells per grid cell, at which attention is read in a latent of `size` (height, width).
+
+    `grid` is one of GRIDS, or "auto": the one of 1/32 and 1/16 whose grid has the side nearest to 16 cells, as a ratio, the side
+    being the geometric mean of height and width. That is 1/32 from 363x363 pixels upwards, so at 512 and 768 with SD1.5 and SD2
+    and at 1024 with SDXL, and 1/16 below.
+    """
+    if grid != AUTO:
+        return GRIDS[grid]
+    side = math.sqrt(size[0] * size[1])
+    return min(((4,), (2,)), key=lambda factors: abs(math.log(side / factors[0] / _USUAL_GRID)))
+
+
+def require_grids(unet: UNetModel, grid: str, who: str) -> None:
+    """Raises ValueError, in one sentence that begins with `who`, for a UNet without cross-attention where `grid` may read it."""
+    present = {t.factor for t in transformer_places(unet)}
+    needed = {factor for name, factors in GRIDS.items() if grid in (name, AUTO) for factor in factors}
+    if missing := sorted(needed - present):
+        raise ValueError(
+            f"{who} reads the cross-attention at {' and '.join(f'1/{8 * factor}' for factor in missing)} of the picture, and this "
+            "UNet has none there; load an SD1.5, SD2 or SDXL checkpoint."
+        )
 
 
 def attention(

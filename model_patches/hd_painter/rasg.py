@@ -3,11 +3,15 @@
 HD-Painter, section 3.4. The score S of a noisy latent says how well the prompt's cross-attention at 1/32 of the picture
 agrees with the hole (equations 8 and 9, with the signs and the shift of the released code); its normalised gradient
 takes the place of the noise in DDIM's step (equation 7).
+
+1/32 of the 512 pixels of the paper is a grid of 16x16. On smaller pictures the attention that knows what is where lies at 1/16,
+so that the level can be chosen, also by the picture's size (`unet_attention.chosen_factors`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,11 +27,15 @@ from ..core.autograd import as_ordinary, full_precision, gradients_enabled, savi
 from ..core.call_rows import Conds, by_role, joined
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
-from ..core.unet_attention import Place, add_patch, require_unet, transformer_places, use_differentiable_attention
+from ..core.unet_attention import (
+    Place,
+    add_patch,
+    chosen_factors,
+    require_grids,
+    require_unet,
+    use_differentiable_attention,
+)
 from . import stochastic_samplers
-
-FACTOR = 4
-"""Latent cells per grid cell where attention is read: 1/32 of the picture."""
 
 SHIFT = 1.0
 """Subtracted from the attention scores before they are compared with the hole (released code, not in the paper)."""
@@ -36,7 +44,9 @@ SHIFT = 1.0
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RASG(Method):
     """Settings of RASG. `strength` is the share of the noise that is replaced, `eta` DDIM's, and `sigma` "ddim" or "released"
-    (see `stochastic_samplers.released_over_ddim`). For models with a Stable Diffusion UNet and cross-attention at 1/32."""
+    (see `stochastic_samplers.released_over_ddim`). `grid` is where attention is read
+    (`unet_attention.chosen_factors`), the paper's by default. For models with a
+    Stable Diffusion UNet and cross-attention there."""
 
     name: ClassVar = "RASG"
     order: ClassVar = 300
@@ -44,14 +54,10 @@ class RASG(Method):
 
     eta: float = 0.01
     sigma: str = "ddim"
+    grid: str = "1/32"
 
     def check(self, model: object) -> None:
-        unet = require_unet(model, self.name)
-        if not any(t.factor == FACTOR for t in transformer_places(unet)):
-            raise ValueError(
-                "RASG reads the cross-attention at 1/32 of the picture, and this UNet has none there; load an SD1.5, SD2 or SDXL "
-                "checkpoint."
-            )
+        require_grids(require_unet(model, self.name), self.grid, self.name)
 
     def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
         return RASGRun(self, run, hole)
@@ -81,6 +87,7 @@ class RASGRun(MethodRun):
         self._settings = settings
         self._run = run
         self._hole = hole
+        self._factors = chosen_factors(settings.grid, (hole.shape[-2], hole.shape[-1]))
         self._due = False
         self._recording = False
         self._graph_on_cpu = False
@@ -129,7 +136,7 @@ class RASGRun(MethodRun):
     def _guided(
         self, call_next: Callable[[UNetCall], torch.Tensor], call: UNetCall
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        guided = RASGCall(call, self._hole, self._run.model.latent_format.latent_channels)
+        guided = RASGCall(call, self._hole, self._factors, self._run.model.latent_format.latent_channels)
         copies = call.others_write or self._graph_on_cpu
         saving = saving_copies(call.unet, self._graph_on_cpu) if copies else nullcontext()
         return guided.run(call_next, saving), guided.gradient
@@ -172,13 +179,16 @@ def _mixes_prompts(model_options: dict[str, Any]) -> bool:
 class RASGCall:
     """RASG within one call of the UNet on conditional rows: eps as ever, and the gradient of S on the way."""
 
-    def __init__(self, call: UNetCall, hole: torch.Tensor, latent_channels: int):
+    def __init__(self, call: UNetCall, hole: torch.Tensor, factors: tuple[int, ...], latent_channels: int):
         self._call = call
-        self._cross = {t.place: t.cross for t in call.places if t.factor == FACTOR}
-        self._last = list(self._cross)[-1]
+        self._read = {t.place: t for t in call.places if t.factor in factors}
+        self._last = list(self._read)[-1]
         self._hole = hole
+        self._factors = factors
         self._latent_channels = latent_channels
-        self._scores: dict[int, torch.Tensor] = {}
+        # By level and group of rows.
+        self._scores: dict[tuple[int, int], torch.Tensor] = {}
+        self._grids: dict[int, tuple[int, int]] = {}
         self._latent = torch.empty(0)
         self.gradient = torch.empty(0)
         """After the call: dS / dz, [rows, C, h, w]."""
@@ -186,7 +196,7 @@ class RASGCall:
     def run(self, call_next: Callable[[UNetCall], torch.Tensor], saving: AbstractContextManager[Any]) -> torch.Tensor:
         """Makes the call and returns its output, detached.
 
-        The graph ends at the last block at 1/32: the backward pass runs there and then, before the expensive fine output
+        The graph ends at the last block that is read: the backward pass runs there and then, before the expensive finer output
         blocks, which record nothing. `saving` is the context in which the graph is recorded (see `autograd.saving_copies`).
         Raises RuntimeError where the gradient is not finite.
         """
@@ -206,9 +216,11 @@ class RASGCall:
         self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         place: Place = (*extra_options["block"], extra_options["block_index"])
-        cross = self._cross.get(place)
-        if cross is None:
+        read = self._read.get(place)
+        if read is None:
             return n, context, value
+        cross = read.cross
+        self._grids[read.factor] = tuple(extra_options["activations_shape"][-2:])
         batch = self._hole.shape[0]
         for number, rows in enumerate(self._call.rows):
             here = slice(number * batch, (number + 1) * batch)
@@ -217,17 +229,20 @@ class RASGCall:
             key = full_precision(cross.to_k(context[here][:, tokens]))
             # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
             scores = query @ key.transpose(1, 2) * (cross.dim_head**-0.5 / cross.heads)
-            self._scores[number] = self._scores[number] + scores if number in self._scores else scores
+            known = self._scores.get((read.factor, number))
+            self._scores[read.factor, number] = scores if known is None else known + scores
         if place == self._last:
-            self.gradient = self._gradient(tuple(extra_options["activations_shape"][-2:]))
+            self.gradient = self._gradient()
             torch.set_grad_enabled(False)
         return n, context, value
 
-    def _gradient(self, grid: tuple[int, int]) -> torch.Tensor:
+    def _score(self, factor: int) -> torch.Tensor:
+        """S of all rows at one level."""
         score = self._latent.new_zeros(())
+        blocks = sum(t.factor == factor for t in self._read.values())
         for number, rows in enumerate(self._call.rows):
-            hole = hole_cells(rows.cut(self._hole), grid).flatten(1).to(self._latent.device)
-            scores, own = self._scores[number] / len(self._cross), rows.tokens.words_and_ends
+            hole = hole_cells(rows.cut(self._hole), self._grids[factor]).flatten(1).to(self._latent.device)
+            scores, own = self._scores[factor, number] / blocks, rows.tokens.words_and_ends
             if len(own) == 1:
                 score = score + attention_score(scores, hole)
                 continue
@@ -235,8 +250,14 @@ class RASGCall:
             for picture, tokens in enumerate(own):
                 here = slice(picture, picture + 1)
                 score = score + attention_score(scores[here, :, tokens], hole[here])
+        return score
+
+    def _gradient(self) -> torch.Tensor:
+        score = torch.stack([self._score(factor) for factor in self._factors]).sum()
         # Half precision would lose the small gradient of a mean over many pixels.
-        scale = float(grid[0] * grid[1]) if self._call.x.dtype == torch.float16 else 1.0
+        scale = (
+            float(max(math.prod(grid) for grid in self._grids.values())) if self._call.x.dtype == torch.float16 else 1.0
+        )
         (gradient,) = torch.autograd.grad(score * scale, self._latent)
         if not bool(gradient.isfinite().all()):
             dtype = str(self._call.x.dtype).removeprefix("torch.")

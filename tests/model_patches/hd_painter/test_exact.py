@@ -20,6 +20,7 @@ from truefill_testing.small_models import FAMILIES
 import comfy.samplers  # isort: skip
 
 sampling_run = pack_module("model_patches.core.sampling_run")
+unet_attention = pack_module("model_patches.core.unet_attention")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 
@@ -82,6 +83,54 @@ def test_real_sizes(family: str, size: tuple[int, int], guidance: str) -> None:
     sigmas = scene.sigmas("simple", 4)[1:3]
     ours = scene.host(sigmas, with_guidance(scene, *GUIDANCE[guidance]))
     assert relative_error(ours, scene.literal_latent(sigmas, **literal_options(*GUIDANCE[guidance]))) < TOLERANCE
+
+
+LEVELS = {"1/32": (4,), "1/16": (2,), "both": (2, 4)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grid", ["1/16", "both"])
+def test_rasg_on_another_grid(family: str, grid: str) -> None:
+    """Odd sides, and different holes."""
+    scene = Scene(family, True, True)
+    sigmas = scene.sigmas("simple", 3)
+    ours = scene.host(sigmas, sampling_run.with_method(scene.patcher, RASG(eta=0.1, grid=grid)))
+    on_paper_grid = scene.literal_latent(sigmas, **literal_options(False, True))
+    literal = scene.literal_latent(sigmas, **literal_options(False, True), levels=LEVELS[grid])
+    assert relative_error(on_paper_grid, literal) > 1e-3
+    assert relative_error(ours, literal) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("pixels", "grid"),
+    [
+        ((512, 512), "1/32"),
+        ((768, 768), "1/32"),
+        ((768, 512), "1/32"),
+        ((1024, 1024), "1/32"),
+        ((2048, 512), "1/32"),
+        ((256, 256), "1/16"),
+        ((320, 256), "1/16"),
+        ((360, 360), "1/16"),
+        ((368, 368), "1/32"),
+        ((56, 2048), "1/16"),
+        ((8, 8), "1/16"),
+    ],
+    ids=str,
+)
+def test_the_picture_says_which_grid_is_read(pixels: tuple[int, int], grid: str) -> None:
+    """The one whose side, as a ratio, is nearest to the paper's 16."""
+    assert unet_attention.chosen_factors("auto", (pixels[0] // 8, pixels[1] // 8)) == LEVELS[grid]
+
+
+@pytest.mark.parametrize(("size", "grid"), [((16, 13), "1/16"), ((46, 46), "1/32")], ids=str)
+def test_auto_is_that_grid(size: tuple[int, int], grid: str) -> None:
+    scene = Scene("sd15", False, True, torch.float32, hole=boxes(size, (slice(3, 9), slice(4, 11))))
+    sigmas = scene.sigmas("simple", 2)
+    auto, chosen = (
+        scene.host(sigmas, sampling_run.with_method(scene.patcher, RASG(eta=0.1, grid=one))) for one in ("auto", grid)
+    )
+    assert torch.equal(auto, chosen)
 
 
 @which

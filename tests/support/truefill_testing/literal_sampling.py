@@ -22,7 +22,7 @@ import torch
 from .literal_boundary import Boundary
 from .literal_painta import Painta, Row
 from .literal_rasg import normalised, objective
-from .literal_unet import literal_unet
+from .literal_unet import RECORDED_FACTOR, literal_unet
 
 
 @dataclass
@@ -111,6 +111,7 @@ def literal_sample(
     eta: float = 0.0,
     sigma_choice: Literal["ddim", "released"] = "ddim",
     betas: torch.Tensor | None = None,
+    levels: tuple[int, ...] = (RECORDED_FACTOR,),
     guidance: Literal["rasg"] | Callable[[int], torch.Tensor] | None = None,
     painta: PaintaSettings | None = None,
     boundary: float | None = None,
@@ -127,6 +128,7 @@ def literal_sample(
     concat        9-channel models: (mask [B, 1, h, w], masked-image latent [B, 4, h, w]); the mask is rounded
     noise_mask    [B, 1, h, w], 1 = sampled: known latents, noised, go into the model; clean ones into its prediction
     sigma_choice  "ddim": eta * true_ddim_sigma; "released": eta * released_sigma of `betas` [1000], the training's
+    levels        on which RASG reads attention: the latent downsampled by each; S is the sum over them
     guidance      "rasg", or a function of the step's index that gives the noise [B, 4, h, w], or None: none
     boundary      semantic boundary control of this strength, at every step
     hole          [B, 1, h, w] for PAIntA, RASG and the boundary
@@ -163,6 +165,7 @@ def literal_sample(
             None if boundary is None else Boundary(hole, boundary),
             hole,
             guidance,
+            levels,
         )
         gradient = None
         noise_added = None
@@ -208,7 +211,7 @@ def start(noise: torch.Tensor, latent: torch.Tensor, sigma: float, sigma_max: fl
 
 
 def _predict(
-    unet, z, timestep, abar, positive, negative, cfg, v_prediction, concat, settings, boundary, hole, guidance
+    unet, z, timestep, abar, positive, negative, cfg, v_prediction, concat, settings, boundary, hole, guidance, levels
 ):
     """CFG's eps [B, 4, h, w] at z, uncond + cfg (cond - uncond), and RASG's S summed over the pictures."""
     pictures = z.shape[0]
@@ -228,11 +231,20 @@ def _predict(
             scored = guidance == "rasg" and role == "cond"
             with torch.set_grad_enabled(scored):
                 output, recorded = literal_unet(
-                    unet, unet_input, timesteps, context, y, painta=painta, boundary=boundary, record=True
+                    unet,
+                    unet_input,
+                    timesteps,
+                    context,
+                    y,
+                    painta=painta,
+                    boundary=boundary,
+                    record=True,
+                    factors=levels,
                 )
             if scored:
-                for sample in range(pictures):
-                    score = score + objective(recorded, sample, tokens[sample], hole[sample : sample + 1])
+                for sample, grid in itertools.product(range(pictures), {layer.grid for layer in recorded}):
+                    level = [layer for layer in recorded if layer.grid == grid]
+                    score = score + objective(level, sample, tokens[sample], hole[sample : sample + 1])
             if v_prediction:
                 output = math.sqrt(abar) * output + math.sqrt(1.0 - abar) * z
             predictions[role].append(output)

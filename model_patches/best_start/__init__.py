@@ -1,0 +1,1 @@
+"""Best Start: of several noises, the one whose first steps the attention finds best goes on."""

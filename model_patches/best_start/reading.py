@@ -1,0 +1,137 @@
+"""What cross-attention says about whether a noisy picture is going to have the prompt in its hole: a number for each picture.
+
+A block's raw scores q k^T / sqrt(d) become a map of each token over the grid, the maps of blocks on one grid are averaged, and the
+map is compared with the hole. `READINGS` has the ways to do so; `python dev.py bench score` says which of them can tell.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...imaging.masks import hole_cells
+from ..core.autograd import full_precision
+from ..core.call_rows import PromptRows
+from ..core.protocol import MethodRun, UNetCall
+from ..core.unet_attention import Place, TransformerPlace, add_patch
+
+SHIFT = 1.0
+"""As HD-Painter's released code shifts raw scores before it compares them with the hole."""
+
+
+def _inside_less_outside(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    shares = [part.to(maps.dtype) / part.sum(dim=1, keepdim=True).clamp(min=1) for part in (hole, ~hole)]
+    return ((maps * (shares[0] - shares[1])[..., None]).sum(dim=1) * tokens).sum(dim=1)
+
+
+def _agreement(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    target = hole[..., None].expand_as(maps).to(maps.dtype)
+    loss = F.binary_cross_entropy_with_logits(maps - SHIFT, target, reduction="none").mean(dim=1)
+    return -(loss * tokens).sum(dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A way to read attention.
+
+    of_block: raw scores [rows, heads, pixels, text] -> a map of each token [rows, pixels, text].
+    score: the mean of such maps, the tokens [rows, text] (bool) and the hole [rows, pixels] (bool) -> [rows]; higher is better.
+    """
+
+    of_block: Callable[[torch.Tensor], torch.Tensor]
+    score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+READINGS = {
+    "released": Reading(of_block=lambda raw: raw.mean(dim=1), score=_agreement),
+    "raw": Reading(of_block=lambda raw: raw.mean(dim=1), score=_inside_less_outside),
+    "probability": Reading(of_block=lambda raw: raw.softmax(dim=-1).mean(dim=1), score=_inside_less_outside),
+    "log-probability": Reading(of_block=lambda raw: raw.log_softmax(dim=-1).mean(dim=1), score=_inside_less_outside),
+    "contrast": Reading(of_block=lambda raw: (raw - raw[..., :1]).mean(dim=1), score=_inside_less_outside),
+}
+"""released: RASG's S, HD-Painter's equations 8 and 9 with the released code's signs and shift. The others are means inside of the
+hole less means outside: of raw scores, of probabilities (softmax over the text), of their logarithms, and of raw scores less
+those of the start token."""
+
+
+class AttentionReader(MethodRun):
+    """Hands the raw scores of chosen cross-attentions to `note`, for each group of rows of a positive prompt.
+
+    `note` is called with the place, the grid (height, width), the rows, and raw scores [B, heads, pixels, text], in float32.
+    """
+
+    def __init__(
+        self,
+        factors: Collection[int],
+        note: Callable[[TransformerPlace, tuple[int, int], PromptRows, torch.Tensor], None],
+    ) -> None:
+        self._factors = factors
+        self._note = note
+
+    def edit(self, call: UNetCall) -> AbstractContextManager[None]:
+        chosen = {t.place: t for t in call.places if t.factor in self._factors}
+
+        def read(
+            n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            place: Place = (*extra_options["block"], extra_options["block_index"])
+            if place in chosen:
+                height, width = extra_options["activations_shape"][-2:]
+                pictures = len(n) // len(call.rows)
+                for number, rows in enumerate(call.rows):
+                    if rows.conditional:
+                        here = slice(number * pictures, (number + 1) * pictures)
+                        # What other packs have appended to the context is no text.
+                        text = context[here, : call.text_tokens]
+                        raw = _raw_scores(chosen[place].cross, n[here], text)
+                        self._note(chosen[place], (height, width), rows, raw)
+            return n, context, value
+
+        add_patch(call.options, "attn2_patch", read)
+        return nullcontext()
+
+
+@torch.no_grad()
+def _raw_scores(cross: Any, n: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    query, key = (
+        full_precision(part).unflatten(2, (cross.heads, -1)).transpose(1, 2)
+        for part in (cross.to_q(n), cross.to_k(context))
+    )
+    return query @ key.transpose(-1, -2) * cross.dim_head**-0.5
+
+
+def cells_of(hole: torch.Tensor, rows: PromptRows, grid: tuple[int, int]) -> torch.Tensor:
+    """Which cells of a grid, in the part of the picture that the rows see, are hole: bool [B, pixels] of `hole` [B, 1, h, w]."""
+    return hole_cells(rows.cut(hole), grid).flatten(1)
+
+
+class AttentionScore:
+    """The score of each picture in one evaluation of the model: reads the calls that `reader` edits.
+
+    It is the sum over levels and positive prompts. `hole` is [B, 1, h, w], how much of each latent cell is hole.
+    """
+
+    def __init__(self, reading: Reading, hole: torch.Tensor, factors: Collection[int]) -> None:
+        self._reading = reading
+        self._hole = hole
+        self._maps: dict[tuple[PromptRows, tuple[int, int]], list[torch.Tensor]] = defaultdict(list)
+        self.reader = AttentionReader(factors, self._note)
+
+    def _note(self, place: TransformerPlace, grid: tuple[int, int], rows: PromptRows, raw: torch.Tensor) -> None:
+        self._maps[rows, grid].append(self._reading.of_block(raw))
+
+    def value(self) -> torch.Tensor | None:
+        """[B]; None where no positive prompt acted."""
+        found = []
+        for (rows, grid), maps in self._maps.items():
+            cells = cells_of(self._hole, rows, grid).to(maps[0].device)
+            tokens = rows.tokens.words_and_ends.to(maps[0].device)
+            # A prompt that is limited to a part of the picture without a hole has no say.
+            found.append(self._reading.score(torch.stack(maps).mean(dim=0), tokens, cells) * cells.any(dim=1))
+        return torch.stack(found).sum(dim=0) if found else None
