@@ -117,25 +117,26 @@ class Outcome:
 
 
 def methods(models: list[str], etas: list[float]) -> list[Method]:
-    """Plain, PAIntA, RASG (for each eta) and SBC in all combinations, RASG on each grid, Best Start, and PILOT for models that can."""
+    """Plain, PAIntA, RASG (of each eta) and SBC in all combinations, RASG on each grid, Best Start; PILOT for models that can."""
+    return [method for model in models for method in _methods_of(model, etas)]
+
+
+def _methods_of(model: str, etas: list[float]) -> list[Method]:
     combined = [
-        {"painta": painta, "eta": eta, "boundary": boundary}
+        Method(model, painta=painta, eta=eta, boundary=boundary)
         for boundary in (False, True)
         for eta in (None, *etas)
         for painta in (False, True)
     ]
-    grids = [{"eta": eta, "grid": grid} for grid in GRIDS for eta in etas]
+    grids = [Method(model, eta=eta, grid=grid) for grid in GRIDS for eta in etas]
     starts = [
-        *({"candidates": candidates} for candidates in (2, 4, 8)),
-        {"candidates": 4, "choose_at": 0.25},
-        {"candidates": 4, "boundary": True},
-        *({"candidates": 4, "eta": eta} for eta in etas),
+        *(Method(model, candidates=candidates) for candidates in (2, 4, 8)),
+        Method(model, candidates=4, choose_at=0.25),
+        Method(model, candidates=4, boundary=True),
+        *(Method(model, candidates=4, eta=eta) for eta in etas),
     ]
-    return [
-        Method(model, **options)
-        for model in models
-        for options in (*combined, *grids, *starts, *({"pilot": name} for name in PILOTS if model == "4-channel"))
-    ]
+    pilots = [Method(model, pilot=name) for name in PILOTS if model == "4-channel"]
+    return [*combined, *grids, *starts, *pilots]
 
 
 class Models:

@@ -1,11 +1,11 @@
 """Does cross-attention know, on the demo model, whether a hole shows what the prompt asks for? By place and by reading.
 
-RASG can only help where its score is higher with the thing in the hole than without it. For triplets of the development split the
-thing, and another thing of another color, are painted into the hole; these pictures and the empty scene are noised alike to
-several levels, and the cross-attention of the first evaluation is read: block by block and as the mean over the blocks of a level,
-each in several ways (`model_patches.best_start.reading`), for the prompt's words alone and with the end of the text. A cell is the
-share of triplets, in percent, in which the asked-for thing has the higher score than nothing / than the other thing. 50 is chance;
-with 200 triplets the 95 % interval (Wilson) is 43 to 57 around 50 and 98 to 100 around 100, and the JSON has each.
+RASG can only help where its score is higher with the thing in the hole than without it. For triplets of the development split
+the thing, and another thing of another color, are painted into the hole; these pictures and the empty scene are noised alike
+to several levels, and the cross-attention of the first evaluation is read: block by block and as the mean over the blocks of a
+level, each in several ways (`model_patches.best_start.reading`), for the prompt's words alone and with the end of the text. A
+cell is the share of triplets, in percent, in which the asked-for thing has the higher score than nothing / than the other thing.
+50 is chance; with 200 triplets the 95 % interval (Wilson) is 43 to 57 around 50 and 98 to 100 around 100, and the JSON has each.
 
     python dev.py bench score [--triplets 200] [--seed 0] [--models 9-channel 4-channel] [--readings released ...] [--json FILE]
 """
@@ -16,7 +16,7 @@ import argparse
 import json
 import platform
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -150,7 +150,7 @@ def rows(model: str, found: list[dict[tuple[Key, int], tuple[bool, bool]]]) -> l
     return made
 
 
-def table(made: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows as they are shown: the steps side by side, places in the order of a forward pass, means last."""
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in sorted(made, key=lambda row: (row["reading"], row["tokens"], row["place"].startswith("mean"))):

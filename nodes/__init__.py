@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, condition, finish, hd_painter, load, mask, pilot, region, selection
+from . import best_start, compare, condition, finish, hd_painter, load, mask, pilot, region, selection
 
-MODULES = (load, mask, selection, region, condition, hd_painter, pilot, finish, compare)
+MODULES = (load, mask, selection, region, condition, hd_painter, pilot, best_start, finish, compare)
 
 
 class TrueFillExtension(ComfyExtension):

@@ -16,9 +16,9 @@ class TrueFillBestStart(io.ComfyNode):
             node_id="TrueFillBestStart",
             display_name="Best Start (TrueFill)",
             category="TrueFill/4 guide",
-            description="Begins with several noises, looks after a part of the steps in which of them the prompt's attention lies "
-            "best in the hole, and samples that one to the end. Trying several seeds at less than the price of sampling them all; "
-            "needs no gradient and works with the KSampler's samplers. For SD1.5, SD2 and SDXL, inpainting and plain.",
+            description="Begins with several noises, looks after a part of the steps in which of them the prompt's attention "
+            "lies best in the hole, and samples that one to the end. Trying several seeds at less than the price of sampling "
+            "them all; needs no gradient and works with the KSampler's samplers. For SD1.5, SD2 and SDXL, inpainting and plain.",
             search_aliases=["seed search", "best of n", "several seeds", "seed selection", "prompt neglect", "inpaint"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),

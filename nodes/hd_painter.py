@@ -140,9 +140,9 @@ class TrueFillRASG(io.ComfyNode):
                     options=[AUTO, *GRIDS],
                     default=AUTO,
                     advanced=True,
-                    tooltip="At which part of the picture's side the attention is read. auto: the one whose grid is nearest to the "
-                    "paper's 16x16, so 1/32 (the paper's) from 363x363 pixels upwards, and 1/16 below. both: the sum of the two "
-                    "scores. 1/16 and both take a little longer.",
+                    tooltip="At which part of the picture's side the attention is read. auto: the one whose grid is nearest to "
+                    "the paper's 16x16, so 1/32 (the paper's) from 363x363 pixels upwards, and 1/16 below. both: the sum of the "
+                    "two scores. 1/16 and both take a little longer.",
                 ),
             ],
             outputs=[io.Model.Output(tooltip="The model with RASG. About 1.3 to 1.6 times the time of a plain step.")],

@@ -1,7 +1,7 @@
 """What cross-attention says about whether a noisy picture is going to have the prompt in its hole: a number for each picture.
 
-A block's raw scores q k^T / sqrt(d) become a map of each token over the grid, the maps of blocks on one grid are averaged, and the
-map is compared with the hole. `READINGS` has the ways to do so; `python dev.py bench score` says which of them can tell.
+A block's raw scores q k^T / sqrt(d) become a map of each token over the grid, the maps of blocks on one grid are averaged, and
+the map is compared with the hole. `READINGS` has the ways to do so; `python dev.py bench score` says which of them can tell.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def require_grids(unet: UNetModel, grid: str, who: str) -> None:
     needed = {factor for name, factors in GRIDS.items() if grid in (name, AUTO) for factor in factors}
     if missing := sorted(needed - present):
         raise ValueError(
-            f"{who} reads the cross-attention at {' and '.join(f'1/{8 * factor}' for factor in missing)} of the picture, and this "
-            "UNet has none there; load an SD1.5, SD2 or SDXL checkpoint."
+            f"{who} reads the cross-attention at {' and '.join(f'1/{8 * factor}' for factor in missing)} of the picture, and "
+            "this UNet has none there; load an SD1.5, SD2 or SDXL checkpoint."
         )
 
 

@@ -44,9 +44,8 @@ SHIFT = 1.0
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RASG(Method):
     """Settings of RASG. `strength` is the share of the noise that is replaced, `eta` DDIM's, and `sigma` "ddim" or "released"
-    (see `stochastic_samplers.released_over_ddim`). `grid` is where attention is read
-    (`unet_attention.chosen_factors`), the paper's by default. For models with a
-    Stable Diffusion UNet and cross-attention there."""
+    (see `stochastic_samplers.released_over_ddim`). `grid` is where attention is read (see `unet_attention.chosen_factors`); the
+    paper's by default. For models with a Stable Diffusion UNet and cross-attention there."""
 
     name: ClassVar = "RASG"
     order: ClassVar = 300

@@ -83,7 +83,14 @@ def test_it_fills_a_hole_and_our_nodes_change_what_it_fills_it_with(server: Clie
         "TrueFillPAIntA", model=["demo", 0], strength=1.0, start_percent=0.0, end_percent=0.5, smooth=True
     )
     graph["rasg"] = node(
-        "TrueFillRASG", model=["painta", 0], eta=0.1, strength=1.0, start_percent=0.0, end_percent=1.0, sigma="ddim"
+        "TrueFillRASG",
+        model=["painta", 0],
+        eta=0.1,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+        sigma="ddim",
+        grid="auto",
     )
     seen = {plain.tobytes()}
     for last in ("painta", "rasg"):

@@ -54,6 +54,7 @@ def inpainting_graph(checkpoint: str, seed: int = 0, steps: int = 3) -> dict[str
             start_percent=0.0,
             end_percent=1.0,
             sigma="ddim",
+            grid="auto",
         ),
         "sampler": node(
             "KSampler",

@@ -1,4 +1,4 @@
-"""Best Start: which noise is chosen, against the literal scores of every candidate; and that the rest is the host's own sampling."""
+"""Best Start: which noise is chosen, against the literal scores of all; and that the rest is the host's own sampling."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def spied(monkeypatch: pytest.MonkeyPatch):
 
 
 def literal_scores(scene: Scene, sigmas: torch.Tensor, early: int, factor: int) -> torch.Tensor:
-    """The score of each candidate and picture, [candidates, B]: the log of the probability of each of the prompt's words and of the
-    end of its text, mean over blocks and heads, inside of the hole less outside, summed over tokens."""
+    """The score of each candidate and picture, [candidates, B]: the log of the probability of each of the prompt's words and of
+    the end of its text, mean over blocks and heads, inside of the hole less outside, summed over tokens."""
     unet, found = exact_unet(scene.family, scene.inpainting), []
     prompt = scene.prompt(scene.positive)
     for noise in noises(scene):
