@@ -38,6 +38,7 @@ from .metrics import wilson_interval
 from .tables import show_table
 
 STEPS = 20
+PROGRESS = 20
 LEVELS = (5, 10, 15)
 """Steps of 20 before whose evaluation attention is read."""
 
@@ -175,7 +176,12 @@ def main() -> None:
     indices = range(options.seed, options.seed + options.triplets)
     made: list[dict[str, Any]] = []
     for model in options.models:
-        made += rows(model, [higher(models, model, index) for index in indices])
+        found = []
+        for index in indices:
+            found.append(higher(models, model, index))
+            if len(found) % PROGRESS == 0:
+                print(f"  {model}: {len(found)}/{len(indices)} triplets", flush=True)
+        made += rows(model, found)
     shown = [row for row in made if row["reading"] in options.readings]
     title = f"{platform.machine()}, torch {torch.__version__}; {len(indices)} triplets of the development split"
     show_table(f"{title}; higher than nothing / than another thing, %", table(shown))

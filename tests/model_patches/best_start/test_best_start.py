@@ -123,9 +123,15 @@ def literal_score(recorded: list[Any], picture: int, tokens: torch.Tensor, hole:
     return total
 
 
-@pytest.mark.parametrize(("grid", "factor"), [("1/16", 2), ("1/32", 4)])
 @pytest.mark.parametrize(
-    ("family", "inpainting", "masked"), [("sd15", True, True), ("sdxl", False, True), ("sd2", True, False)]
+    ("family", "inpainting", "masked", "grid", "factor"),
+    [
+        pytest.param("sd15", True, True, "1/16", 2, marks=pytest.mark.quick),
+        ("sd15", False, True, "1/32", 4),
+        ("sdxl", False, True, "1/16", 2),
+        ("sdxl", True, True, "1/32", 4),
+        ("sd2", True, False, "1/16", 2),
+    ],
 )
 def test_each_picture_goes_on_from_the_noise_with_the_best_score(
     family: str, inpainting: bool, masked: bool, grid: str, factor: int, spied: Any
