@@ -154,12 +154,17 @@ def rows(model: str, found: list[dict[tuple[Key, int], tuple[bool, bool]]]) -> l
 def table(made: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows as they are shown: the steps side by side, places in the order of a forward pass, means last."""
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in sorted(made, key=lambda row: (row["reading"], row["tokens"], row["place"].startswith("mean"))):
+    for row in sorted(made, key=_order):
         names = {name: row[name] for name in ("model", "reading", "tokens", "place")}
         line = lines.setdefault(tuple(names.values()), names)
         shares = [100 * row[than]["count"] / row["n"] for than in ("nothing", "another thing")]
         line[f"step {row['step']}/{STEPS}"] = "{:.0f} / {:.0f}".format(*shares)
     return list(lines.values())
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    place = list(accuracy.MODELS).index(row["model"]), list(READINGS).index(row["reading"])
+    return (*place, row["tokens"], row["place"].startswith("mean"))
 
 
 def main() -> None:

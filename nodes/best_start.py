@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..imaging.masks import log_noise
 from ..model_patches.best_start.best_start import BestStart
 from ..model_patches.core.sampling_run import with_method
 from ..model_patches.core.unet_attention import AUTO, GRIDS
@@ -62,6 +63,7 @@ class TrueFillBestStart(io.ComfyNode):
         grid: str,
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
+        log_noise("Best Start", mask=mask)
         settings = BestStart(
             strength=float(candidates > 1),
             candidates=candidates,

@@ -78,6 +78,7 @@ class TrueFillPAIntA(io.ComfyNode):
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
+        log_noise("PAIntA", mask=mask)
         settings = PAIntA(
             strength=strength, start_percent=start_percent, end_percent=end_percent, smooth=smooth, mask=mask
         )
@@ -161,6 +162,7 @@ class TrueFillRASG(io.ComfyNode):
         grid: str = AUTO,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
+        log_noise("RASG", mask=mask)
         settings = RASG(
             strength=strength,
             start_percent=start_percent,
@@ -373,6 +375,7 @@ class TrueFillBlendKnown(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: io.Model.Type, known: io.Latent.Type, mask: io.Mask.Type, strength: float) -> io.NodeOutput:
+        log_noise("Blend Known Latent", mask=mask)
         return io.NodeOutput(with_known(model, known["samples"], mask, strength))
 
 

@@ -74,6 +74,7 @@ class TrueFillSemanticBoundary(io.ComfyNode):
         mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
+        log_noise("SBC", mask=mask)
         settings = SemanticBoundary(strength=strength, start_percent=start_percent, end_percent=end_percent, mask=mask)
         return io.NodeOutput(with_method(model, settings))
 
@@ -216,6 +217,7 @@ class TrueFillPILOTSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask: io.Mask.Type | None = None, **method: Any) -> io.NodeOutput:
+        log_noise("PILOT Sampler", mask=mask)
         return io.NodeOutput(pilot_sampler(_pilot(mask=mask, **method), announcer(cls.hidden.unique_id)))
 
 

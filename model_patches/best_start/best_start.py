@@ -43,7 +43,7 @@ class BestStart(Method):
 
     candidates: int = 4
     choose_at: float = 0.5
-    reading: str = "log-probability"
+    reading: str = "probability"
     grid: str = AUTO
     announce: Callable[[str], None] = logging.info
 

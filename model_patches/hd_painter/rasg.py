@@ -260,8 +260,10 @@ class RASGCall:
         (gradient,) = torch.autograd.grad(score * scale, self._latent)
         if not bool(gradient.isfinite().all()):
             dtype = str(self._call.x.dtype).removeprefix("torch.")
-            raise RuntimeError(
-                f"RASG's gradient is not finite in {dtype}: start ComfyUI with --bf16-unet or --fp32-unet, or take the RASG node "
-                "out."
+            remedy = (
+                "start ComfyUI with --bf16-unet or --fp32-unet"
+                if self._call.x.dtype in (torch.float16, torch.bfloat16)
+                else "the prompt, the checkpoint or a LoRA holds NaN or infinite values, so encode or load it anew"
             )
+            raise RuntimeError(f"RASG's gradient is not finite in {dtype}: {remedy}, or take the RASG node out.")
         return gradient / scale

@@ -232,6 +232,7 @@ class _Job:
             self._latent, self._hole = as_ordinary(latent), as_ordinary(hole)
             self._known = 1.0 - self._hole
             self._positive = [as_ordinary(entry) for entry in positive]
+        self._has_moved = False
         self._recompute = settings.memory == "recompute" or (settings.memory == "auto" and self._is_short_of_memory())
 
     def sample(
@@ -261,6 +262,7 @@ class _Job:
                     rate = self._rate(index, plan.timesteps[index])
                     momentum = self._settings.momentum * momentum - rate * scale * gradient
                     x = x + scale * momentum
+                    self._has_moved = True
                     passed(denoised, x)
             elif plan.blended[index]:
                 fresh = torch.randn(x.shape, generator=generator).to(x)
@@ -311,12 +313,22 @@ class _Job:
             weight = balance(timestep, self._known, self._settings.coefficient)
             losses = background_loss(denoised, self._latent, self._known) + weight * reader.loss()
             if not bool(losses.isfinite().all()):
-                raise FloatingPointError(
-                    f"PILOT's loss is not a finite number at timestep {timestep:.0f}: lower learning_rate and "
-                    "first_rate, or, if the model runs in half precision, start ComfyUI with --bf16-unet or --fp32-unet."
-                )
+                remedy = self._remedy(model.get_dtype_inference() in (torch.float16, torch.bfloat16))
+                raise FloatingPointError(f"PILOT's loss is not finite at timestep {timestep:.0f}{remedy}.")
             (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         return denoised.detach(), gradient
+
+    def _remedy(self, half_precision: bool) -> str:
+        """What may help against a loss that is not finite; before the first step of the optimizer its rates are not at fault."""
+        precision = "start ComfyUI with --bf16-unet or --fp32-unet"
+        if self._has_moved:
+            return f": lower learning_rate and first_rate{f', or {precision}' if half_precision else ''}"
+        if half_precision:
+            return f", before anything was optimized: {precision}"
+        return (
+            ", before anything was optimized: the prompt, the checkpoint or a LoRA holds NaN or infinite values, so encode or "
+            "load it anew"
+        )
 
     def _others_write(self) -> bool:
         """ControlNets and some packs' patches write into tensors that the backward pass needs."""

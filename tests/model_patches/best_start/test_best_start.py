@@ -85,8 +85,8 @@ def spied(monkeypatch: pytest.MonkeyPatch):
 
 
 def literal_scores(scene: Scene, sigmas: torch.Tensor, early: int, factor: int) -> torch.Tensor:
-    """The score of each candidate and picture, [candidates, B]: the log of the probability of each of the prompt's words and of
-    the end of its text, mean over blocks and heads, inside of the hole less outside, summed over tokens."""
+    """The score of each candidate and picture, [candidates, B]: the probability of each of the prompt's words and of the end of
+    its text, mean over blocks and heads, inside of the hole less outside, summed over tokens."""
     unet, found = exact_unet(scene.family, scene.inpainting), []
     prompt = scene.prompt(scene.positive)
     for noise in noises(scene):
@@ -115,7 +115,7 @@ def literal_scores(scene: Scene, sigmas: torch.Tensor, early: int, factor: int) 
 
 
 def literal_score(recorded: list[Any], picture: int, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
-    maps = torch.stack([layer.scores[picture].softmax(dim=-1).log().mean(dim=0) for layer in recorded]).mean(dim=0)
+    maps = torch.stack([layer.scores[picture].softmax(dim=-1).mean(dim=0) for layer in recorded]).mean(dim=0)
     inside = level_mask(hole[picture : picture + 1], recorded[0].grid).flatten()
     total = torch.zeros((), dtype=torch.float64)
     for token in tokens.nonzero().flatten().tolist():

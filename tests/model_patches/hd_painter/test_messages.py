@@ -26,8 +26,14 @@ SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").Semantic
 
 A_LATENT_WITH_NAN = r"^{who} was given a latent with NaN or infinite values: .*picture.*--fp32-vae\.$"
 THE_COMPUTATION = {
-    "RASG": (RuntimeError, r"^RASG's gradient is not finite in float32: "),
-    "PILOT": (FloatingPointError, r"^PILOT's loss is not a finite number at timestep 999: lower learning_rate"),
+    "RASG": (
+        RuntimeError,
+        r"^RASG's gradient is not finite in float32: the prompt, the checkpoint or a LoRA holds NaN",
+    ),
+    "PILOT": (
+        FloatingPointError,
+        r"^PILOT's loss is not finite at timestep 999, before anything was optimized: the prompt, the checkpoint or a LoRA",
+    ),
 }
 
 
@@ -294,3 +300,27 @@ class TestAnotherSize:
             options.update(concat_latent_image=torch.randn(2, 4, 24, 24), concat_mask=large)
         scene.inpainting = False
         assert run(scene, who).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("module", "node", "options"),
+    [
+        ("hd_painter", "TrueFillPAIntA", {"strength": 1.0, "start_percent": 0.0, "end_percent": 0.5, "smooth": True}),
+        (
+            "hd_painter",
+            "TrueFillRASG",
+            {"eta": 0.01, "strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "sigma": "ddim", "grid": "auto"},
+        ),
+        ("hd_painter", "TrueFillBlendKnown", {"known": {"samples": torch.zeros(1, 4, 8, 8)}, "strength": 1.0}),
+        ("pilot", "TrueFillSemanticBoundary", {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}),
+        ("best_start", "TrueFillBestStart", {"candidates": 4, "choose_at": 0.5, "grid": "auto"}),
+    ],
+)
+def test_a_mask_that_is_taken_for_noise_is_logged(
+    module: str, node: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (found,) = (one for one in pack_module(f"nodes.{module}").NODES if one.__name__ == node)
+    monkeypatch.setattr(found, "hidden", SimpleNamespace(unique_id=None), raising=False)
+    faint = torch.full((1, 64, 64), 1 / 255)
+    found.execute(scene_for("RASG").patcher, mask=faint, **options)
+    assert "'mask' is not black, but nothing in it is above 2/255" in caplog.text

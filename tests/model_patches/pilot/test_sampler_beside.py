@@ -379,11 +379,21 @@ class TestErrors:
         with pytest.raises(ValueError, match="PILOT needs to know where the hole is"):
             self.run(Scene("sd15", False, False, hole=HOLE))
 
-    def test_a_loss_that_is_not_a_number(self) -> None:
-        scene = scene_of()
+    @pytest.mark.parametrize(
+        ("dtype", "remedy"), [(torch.float32, "the prompt, the"), (torch.bfloat16, "start ComfyUI")]
+    )
+    def test_a_loss_that_is_not_finite_from_the_start(self, dtype: torch.dtype, remedy: str) -> None:
+        scene = scene_of(dtype=dtype)
         scene.positive[0][0][0, 3] = float("nan")
-        with pytest.raises(FloatingPointError, match=r"PILOT's loss is not a finite number at timestep 999: lower"):
+        with pytest.raises(FloatingPointError, match=f"^PILOT's loss is not finite at .* was optimized: {remedy}"):
             self.run(scene)
+
+    def test_rates_that_are_too_high(self) -> None:
+        scene = scene_of()
+        with pytest.raises(
+            FloatingPointError, match=r"^PILOT's loss is not finite at timestep 999: lower learning_rate"
+        ):
+            scene.host(scene.sigmas("simple", 2), sampler=sampler(first_learning_rate=1e30, interval=1, iterations=2))
 
     def test_rasg_has_no_noise_to_replace(self) -> None:
         scene = scene_of()
