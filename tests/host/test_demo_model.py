@@ -101,6 +101,21 @@ def test_it_fills_a_hole_and_our_nodes_change_what_it_fills_it_with(server: Clie
         seen.add(result.tobytes())
 
 
+def test_best_start_gives_the_picture_of_one_of_its_seeds(server: Client) -> None:
+    graph = inpainting("inpainting")
+
+    def filled(seed: int, last: str) -> bytes:
+        graph["sampler"]["inputs"] |= {"model": [last, 0], "seed": seed}
+        return picture(server.run(graph).images["save"][0]).tobytes()
+
+    plain = [filled(seed, "demo") for seed in (5, 6, 7)]
+    assert len(set(plain)) == 3
+    graph["best"] = node("TrueFillBestStart", model=["demo", 0], candidates=3, choose_at=0.5, grid="auto")
+    assert filled(5, "best") in plain
+    graph["best"]["inputs"]["candidates"] = 1
+    assert filled(6, "best") == plain[1]
+
+
 # Nodes of the host that open the model up, merge it, shorten its text encoder, or tile its autoencoder.
 ON_MODEL = {
     "FreeU_V2": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2},
