@@ -26,7 +26,7 @@ import torch
 
 from ..imaging.masks import hole_cells
 from ..model_patches.core.sampling_run import with_method
-from ..model_patches.core.unet_attention import transformer_places
+from ..model_patches.core.unet_attention import GRIDS, transformer_places
 from ..model_patches.hd_painter.painta import PAIntA, prompt_relevance
 from ..model_patches.hd_painter.rasg import RASG, attention_score
 from ..model_patches.pilot.semantic_boundary import SemanticBoundary
@@ -106,12 +106,14 @@ def literal_rasg_step(model: Any, scene: Any) -> None:
 def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], None]]:
     painta = with_method(model, PAIntA())
     boundary = with_method(model, SemanticBoundary())
-    rasg = with_method(model, RASG())
+    rasg, finer, both_grids = (with_method(model, RASG(grid=grid)) for grid in GRIDS)
     both = with_method(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
         "plain": lambda: scene.sample(model, EULER),
         "PAIntA": lambda: scene.sample(painta, EULER),
         "RASG": lambda: scene.sample(rasg, EULER),
+        "RASG at 1/16": lambda: scene.sample(finer, EULER),
+        "RASG at both": lambda: scene.sample(both_grids, EULER),
         "PAIntA + RASG": lambda: scene.sample(both, EULER),
         "SBC": lambda: scene.sample(boundary, EULER),
     }

@@ -65,7 +65,7 @@ class BestStartRun(MethodRun):
         self._score: AttentionScore | None = None
 
     def sampler(self, sampler: Any) -> Any:
-        if not isinstance(sampler, KSAMPLER):
+        if not isinstance(sampler, KSAMPLER) or type(sampler).sample is not KSAMPLER.sample:
             raise ValueError(
                 f"{NAME} begins with several noises and goes on with one, which {type(sampler).__name__} can't: take the Best "
                 "Start node out, or choose one of the KSampler's samplers."

@@ -23,6 +23,7 @@ load_pack()
 best_start = pack_module("model_patches.best_start.best_start")
 BestStart = best_start.BestStart
 sampling_run = pack_module("model_patches.core.sampling_run")
+known_blending = pack_module("model_patches.hd_painter.known_blending")
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
@@ -246,6 +247,20 @@ def test_beside_the_other_methods_they_act_as_from_that_noise(
     assert torch.equal(made, scene.host(sigmas, guided(scene.patcher)))
 
 
+def test_beside_blend_known(spied: Any) -> None:
+    scene = Scene("sd15", True, True, torch.float32, hole=three_pictures())
+    sigmas = scene.sigmas("simple", 4)
+
+    def blended(model: Any) -> Any:
+        return known_blending.with_known(model, scene.masked_latent, scene.hole, 1.0)
+
+    spy = spied(scene)
+    made = scene.host(sigmas, started(blended(scene.patcher)))
+    assert torch.equal(made, scene.host(sigmas, blended(started(scene.patcher))))
+    scene.noise = spy.noises[-1]
+    assert torch.equal(made, scene.host(sigmas, blended(scene.patcher)))
+
+
 def test_a_controlnet_and_a_prompt_in_an_area_take_part(spied: Any) -> None:
     scene = Scene("sd15", True, True, torch.float32, hole=three_pictures())
     scene.add_controlnet()
@@ -318,6 +333,14 @@ def test_a_sampler_that_is_not_the_ksamplers_gets_one_sentence() -> None:
     sampler = pilot.pilot_sampler(pilot.PILOT(**CALM), lambda text: None)
     with pytest.raises(ValueError, match=r"^Best Start .* PILOTSampler .*KSampler's samplers\.$"):
         scene.host(scene.sigmas("simple", 2), started(scene.patcher), sampler)
+
+    class OfAnotherPack(comfy.samplers.KSAMPLER):
+        def sample(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+            return super().sample(*arguments, **keywords)
+
+    with pytest.raises(ValueError, match=r"^Best Start .* OfAnotherPack .*KSampler's samplers\.$"):
+        other = OfAnotherPack(comfy.samplers.sampler_object("euler").sampler_function)
+        scene.host(scene.sigmas("simple", 2), started(scene.patcher), other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
