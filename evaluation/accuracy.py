@@ -125,8 +125,9 @@ def _methods_of(model: str, etas: list[float]) -> list[Method]:
     combined = [
         Method(model, painta=painta, eta=eta, boundary=boundary)
         for boundary in (False, True)
-        for eta in (None, *etas)
+        for of_rasg in ((None,), etas)
         for painta in (False, True)
+        for eta in of_rasg
     ]
     grids = [Method(model, eta=eta, grid=grid) for grid in GRIDS for eta in etas]
     starts = [
