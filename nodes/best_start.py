@@ -37,8 +37,8 @@ class TrueFillBestStart(io.ComfyNode):
                     min=0.05,
                     max=0.95,
                     step=0.05,
-                    tooltip="After which share of the steps one is chosen. Earlier is cheaper and less sure: with 4 candidates and "
-                    "20 steps, 0.5 takes the time of 53 steps, and 0.25 that of 38.",
+                    tooltip="After which share of the steps one is chosen. Earlier is cheaper and less sure: with 4 candidates "
+                    "and 20 steps, 0.5 takes the time of 53 steps, and 0.25 that of 38.",
                 ),
                 io.Combo.Input(
                     "grid",
