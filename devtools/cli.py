@@ -21,6 +21,12 @@ checkout into its custom_nodes folder, and run dev.py with the Python that it ru
 # Most tests need one core and wait for servers and browsers besides.
 SIDE_BY_SIDE = ("-n", "2", "--dist", "worksteal")
 
+# The literal forms make and drop large matrices all the time: torch asks for huge pages, and glibc hands less back at once.
+KEEP_MEMORY = {
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={2**30}:glibc.malloc.trim_threshold={2**31}",
+}
+
 
 def _imports(*modules: str) -> bool:
     """Whether the interpreter that runs dev.py finds these modules."""
@@ -74,8 +80,7 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     chosen = [*(["-m", "quick"] if options.quick else []), *(["--oracles"] if options.oracles else [])]
     side_by_side = [] if rest and not options.quick else SIDE_BY_SIDE
     folder, python = _prepare("pytest", "hypothesis", "xdist", "segment_anything")
-    # torch asks for huge pages: the literal forms make and drop large matrices all the time.
-    return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, THP_MEM_ALLOC_ENABLE="1")
+    return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, **KEEP_MEMORY)
 
 
 def _lint(options: argparse.Namespace, rest: list[str]) -> int:

@@ -3,7 +3,7 @@
 RASG can only help where its score is higher with the thing in the hole than without it. For triplets of the development split
 the thing, and another thing of another color, are painted into the hole; these pictures and the empty scene are noised alike
 to several levels, and the cross-attention of the first evaluation is read: block by block and as the mean over the blocks of a
-level, each in several ways (`model_patches.best_start.reading`), for the prompt's words alone and with the end of the text. A
+level, each in several ways (`READINGS`), for the prompt's words alone and with the end of the text. A
 cell is the share of triplets, in percent, in which the asked-for thing has the higher score than nothing / than the other thing.
 50 is chance; with 200 triplets the 95 % interval (Wilson) is 43 to 57 around 50 and 98 to 100 around 100, and the JSON has each.
 
@@ -16,7 +16,7 @@ import argparse
 import json
 import platform
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,11 +25,12 @@ import comfy.utils
 import numpy as np
 import torch
 
-from ..model_patches.best_start.reading import READINGS, AttentionReader, cells_of
+from ..model_patches.best_start.reading import AttentionReader, cells_of, inside_less_outside, probabilities
 from ..model_patches.core.call_rows import PromptRows
 from ..model_patches.core.protocol import Method, MethodRun
 from ..model_patches.core.sampling_run import SamplingRun, with_method
 from ..model_patches.core.unet_attention import TransformerPlace
+from ..model_patches.hd_painter.rasg import attention_score
 from ..training.world.attributes import COLOURS, SHAPES, SceneObject
 from ..training.world.scenes import render_objects
 from ..training.world.triplets import Triplet, make_triplet
@@ -47,6 +48,34 @@ BOTH = "mean 1/16 + 1/32"
 
 Key = tuple[str, str, str]
 """Reading, tokens, place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A way to read attention.
+
+    of_block: raw scores [rows, heads, pixels, text] -> a map of each token [rows, pixels, text].
+    score: the mean of such maps, the tokens [rows, text] (bool) and the hole [rows, pixels] (bool) -> [rows]; higher is better.
+    """
+
+    of_block: Callable[[torch.Tensor], torch.Tensor]
+    score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = inside_less_outside
+
+
+def _agreement(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    rows = zip(maps.split(1), tokens, hole.split(1), strict=True)
+    return torch.stack([attention_score(of_row[..., own], cells) for of_row, own, cells in rows])
+
+
+READINGS = {
+    "released": Reading(of_block=lambda raw: raw.mean(dim=1), score=_agreement),
+    "raw": Reading(of_block=lambda raw: raw.mean(dim=1)),
+    "probability": Reading(of_block=probabilities),
+    "log-probability": Reading(of_block=lambda raw: raw.log_softmax(dim=-1).mean(dim=1)),
+    "contrast": Reading(of_block=lambda raw: (raw - raw[..., :1]).mean(dim=1)),
+}
+"""released: RASG's S. The others are means inside of the hole less means outside: of raw scores, of probabilities (softmax over
+the text; Best Start's), of their logarithms, and of raw scores less those of the start token."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

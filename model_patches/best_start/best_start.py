@@ -20,7 +20,7 @@ from comfy.samplers import KSAMPLER
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
 from ..core.unet_attention import AUTO, chosen_factors, require_grids, require_unet
-from .reading import READINGS, AttentionScore
+from .reading import AttentionScore
 
 NAME = "Best Start"
 
@@ -33,7 +33,6 @@ class BestStart(Method):
 
     candidates: how many noises begin: the run's own, and those of the following seeds.
     choose_at: after which share of the run's steps one is chosen, in (0, 1).
-    reading: one of `reading.READINGS`.
     grid: where attention is read, see `unet_attention.chosen_factors`.
     announce: is told what a run costs before it starts, and what was chosen.
     """
@@ -43,7 +42,6 @@ class BestStart(Method):
 
     candidates: int = 4
     choose_at: float = 0.5
-    reading: str = "probability"
     grid: str = AUTO
     announce: Callable[[str], None] = logging.info
 
@@ -80,7 +78,7 @@ class BestStartRun(MethodRun):
         """Reads the attention of the evaluation within the context."""
         height, width = self.hole.shape[-2:]
         factors = chosen_factors(self.settings.grid, (height, width))
-        self._score = AttentionScore(READINGS[self.settings.reading], self.hole, factors)
+        self._score = AttentionScore(self.hole, factors)
         try:
             yield self._score
         finally:

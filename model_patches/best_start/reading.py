@@ -1,7 +1,8 @@
 """What cross-attention says about whether a noisy picture is going to have the prompt in its hole: a number for each picture.
 
-A block's raw scores q k^T / sqrt(d) become a map of each token over the grid, the maps of blocks on one grid are averaged, and
-the map is compared with the hole. `READINGS` has the ways to do so; `python dev.py bench score` says which of them can tell.
+A block's raw scores q k^T / sqrt(d) become probabilities, the softmax over the text; the mean over heads and over the blocks of a
+grid is a map of each token. The score is how much higher the words' maps are in the hole than beside it. There are other ways to
+read attention, HD-Painter's S among them: `python dev.py bench score` says which of them can tell, and this one tells best.
 """
 
 from __future__ import annotations
@@ -9,11 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ...imaging.masks import hole_cells
 from ..core.autograd import full_precision
@@ -21,43 +20,19 @@ from ..core.call_rows import PromptRows
 from ..core.protocol import MethodRun, UNetCall
 from ..core.unet_attention import Place, TransformerPlace, add_patch
 
-SHIFT = 1.0
-"""As HD-Painter's released code shifts raw scores before it compares them with the hole."""
+
+def probabilities(raw: torch.Tensor) -> torch.Tensor:
+    """Raw scores of a block [rows, heads, pixels, text] -> a map of each token [rows, pixels, text]: the mean over heads."""
+    return raw.softmax(dim=-1).mean(dim=1)
 
 
-def _inside_less_outside(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+def inside_less_outside(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """[rows], higher is better: how much higher maps [rows, pixels, text] are in the hole than beside it, on average.
+
+    The sum over `tokens` [rows, text] (bool); `hole` [rows, pixels] (bool). A part without pixels counts as 0.
+    """
     shares = [part.to(maps.dtype) / part.sum(dim=1, keepdim=True).clamp(min=1) for part in (hole, ~hole)]
     return ((maps * (shares[0] - shares[1])[..., None]).sum(dim=1) * tokens).sum(dim=1)
-
-
-def _agreement(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
-    target = hole[..., None].expand_as(maps).to(maps.dtype)
-    loss = F.binary_cross_entropy_with_logits(maps - SHIFT, target, reduction="none").mean(dim=1)
-    return -(loss * tokens).sum(dim=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A way to read attention.
-
-    of_block: raw scores [rows, heads, pixels, text] -> a map of each token [rows, pixels, text].
-    score: the mean of such maps, the tokens [rows, text] (bool) and the hole [rows, pixels] (bool) -> [rows]; higher is better.
-    """
-
-    of_block: Callable[[torch.Tensor], torch.Tensor]
-    score: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-READINGS = {
-    "released": Reading(of_block=lambda raw: raw.mean(dim=1), score=_agreement),
-    "raw": Reading(of_block=lambda raw: raw.mean(dim=1), score=_inside_less_outside),
-    "probability": Reading(of_block=lambda raw: raw.softmax(dim=-1).mean(dim=1), score=_inside_less_outside),
-    "log-probability": Reading(of_block=lambda raw: raw.log_softmax(dim=-1).mean(dim=1), score=_inside_less_outside),
-    "contrast": Reading(of_block=lambda raw: (raw - raw[..., :1]).mean(dim=1), score=_inside_less_outside),
-}
-"""released: RASG's S, HD-Painter's equations 8 and 9 with the released code's signs and shift. The others are means inside of the
-hole less means outside: of raw scores, of probabilities (softmax over the text), of their logarithms, and of raw scores less
-those of the start token."""
 
 
 class AttentionReader(MethodRun):
@@ -117,14 +92,13 @@ class AttentionScore:
     It is the sum over levels and positive prompts. `hole` is [B, 1, h, w], how much of each latent cell is hole.
     """
 
-    def __init__(self, reading: Reading, hole: torch.Tensor, factors: Collection[int]) -> None:
-        self._reading = reading
+    def __init__(self, hole: torch.Tensor, factors: Collection[int]) -> None:
         self._hole = hole
         self._maps: dict[tuple[PromptRows, tuple[int, int]], list[torch.Tensor]] = defaultdict(list)
         self.reader = AttentionReader(factors, self._note)
 
     def _note(self, place: TransformerPlace, grid: tuple[int, int], rows: PromptRows, raw: torch.Tensor) -> None:
-        self._maps[rows, grid].append(self._reading.of_block(raw))
+        self._maps[rows, grid].append(probabilities(raw))
 
     def value(self) -> torch.Tensor | None:
         """[B]; None where no positive prompt acted."""
@@ -133,5 +107,5 @@ class AttentionScore:
             cells = cells_of(self._hole, rows, grid).to(maps[0].device)
             tokens = rows.tokens.words_and_ends.to(maps[0].device)
             # A prompt that is limited to a part of the picture without a hole has no say.
-            found.append(self._reading.score(torch.stack(maps).mean(dim=0), tokens, cells) * cells.any(dim=1))
+            found.append(inside_less_outside(torch.stack(maps).mean(dim=0), tokens, cells) * cells.any(dim=1))
         return torch.stack(found).sum(dim=0) if found else None

@@ -19,7 +19,7 @@ import pytest
 
 from devtools.pack import ROOT, host_path
 from devtools.server import Server
-from truefill_testing.stand_ins import SMALL_SAM3, place_stand_ins
+from truefill_testing.stand_ins import SMALL_SAM3, place_names
 
 PICTURES = ROOT / ".cache" / "screenshots"
 MODULES = ROOT / ".cache" / "browser" / "node_modules"
@@ -50,9 +50,9 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI with stand-ins under the names of the graphs' models."""
+    """A running ComfyUI that lists the graphs' models and has none but the demo's."""
     models = tmp_path_factory.mktemp("models")
-    place_stand_ins(models)
+    place_names(models)
     options = {"beside": [SMALL_SAM3], "models": [models], "log_name": "test-browser"}
     with Server(host_path(), Path(sys.executable), **options) as server:
         yield server

@@ -16,6 +16,7 @@ from devtools.pack import pack_module
 from truefill_testing.demo_weights import write_untrained
 
 accuracy = pack_module("evaluation.accuracy")
+bench = pack_module("evaluation.bench_accuracy")
 judges = pack_module("evaluation.judge")
 triplets = pack_module("training.world.triplets")
 
@@ -53,12 +54,15 @@ def test_pilot_fills_a_triplet(weights):
     triplet = triplets.make_triplet("dev", 0)
     task = accuracy.prepare(models, "4-channel", triplet)
     known = torch.from_numpy(~triplet.hole)
-    made = [accuracy.make(models, accuracy.Method("4-channel", pilot=name), task, 0, QUICK) for name in accuracy.PILOTS]
+    names = ["PILOT", accuracy.FILLED, "PILOT L_bg", "PILOT iterations 2"]
+    made = [accuracy.make(models, accuracy.Method("4-channel", pilot=name), task, 0, QUICK) for name in names]
     for picture in made:
         finished = accuracy.finish(task, picture)
         assert torch.equal(finished[0][known], task.pixels[0][known])
-    # Every row is a way of its own.
     assert all(not torch.equal(made[0], other) for other in made[1:])
+    # Every row is a way of its own.
+    settings = [str(row) for name, row in accuracy.PILOTS.items() if name != accuracy.FILLED]
+    assert len(set(settings)) == len(settings)
     assert torch.equal(made[0], accuracy.make(models, accuracy.Method("4-channel", pilot="PILOT"), task, 0, QUICK))
 
 
@@ -95,12 +99,22 @@ def test_captions_ask_for_every_attribute_and_are_the_same_every_time():
     assert all(caption.shape in caption.text and caption.colour in caption.text for caption in found)
 
 
-def test_the_command_writes_table_rows_and_grid(tmp_path, weights):
-    command = [*COMMAND, "--split", "dev", "--triplets", "2"]
-    command += ["--models", "9-channel", "--methods", "plain", "PAIntA + RASG", "--steps", "2", "--workers", "2"]
-    command += ["--weights", weights, "--json", tmp_path / "rows.json", "--grid", tmp_path / "grid.png"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture
+def command(monkeypatch):
+    """Runs the command with further arguments in this process; its workers are processes of their own."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["bench_accuracy.py", *map(str, arguments)])
+        return bench.main()
+
+    return run
+
+
+def test_the_command_writes_table_rows_and_grid(tmp_path, weights, command):
+    options = ["--split", "dev", "--triplets", "2"]
+    options += ["--models", "9-channel", "--methods", "plain", "PAIntA + RASG", "--steps", "2", "--workers", "2"]
+    options += ["--weights", weights, "--json", tmp_path / "rows.json", "--grid", tmp_path / "grid.png"]
+    assert command(*options) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [(row["method"], row["n"]) for row in rows] == [("plain", 2), ("PAIntA + RASG", 2)]
     for row in rows:
@@ -113,15 +127,13 @@ def test_the_command_writes_table_rows_and_grid(tmp_path, weights):
     assert np.array_equal(cell, triplets.make_triplet("dev", 0).scene.picture)
 
 
-def test_kept_outcomes_are_gone_on_from(tmp_path, weights, monkeypatch):
-    bench = pack_module("evaluation.bench_accuracy")
+def test_kept_outcomes_are_gone_on_from(tmp_path, weights, command):
     kept, rows = tmp_path / "kept.jsonl", tmp_path / "rows.json"
-    command = ["bench_accuracy.py", "--split", "dev", "--models", "9-channel", "--methods", "plain", "PAIntA"]
-    command += ["--steps", "2", "--workers", "1", "--weights", str(weights), "--json", str(rows)]
+    options = ["--split", "dev", "--models", "9-channel", "--methods", "plain", "PAIntA"]
+    options += ["--steps", "2", "--workers", "1", "--weights", weights, "--json", rows]
 
     def run(*arguments: str) -> list[dict]:
-        monkeypatch.setattr(sys, "argv", [*command, *arguments])
-        assert bench.main() == 0
+        assert command(*options, *arguments) == 0
         return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(rows.read_text())]
 
     run("--triplets", "1", "--outcomes", str(kept))
@@ -142,11 +154,9 @@ def test_kept_outcomes_are_gone_on_from(tmp_path, weights, monkeypatch):
     assert [row["accuracy"] for row in run("--triplets", "2", "--outcomes", str(kept))] == [1.0, 1.0]
 
 
-def test_the_command_draws_captions(tmp_path, weights):
-    command = [*COMMAND, "--captions", "1", "--steps", "2", "--workers", "1"]
-    command += ["--weights", weights, "--json", tmp_path / "rows.json"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_command_draws_captions(tmp_path, weights, command):
+    options = ["--captions", "1", "--steps", "2", "--workers", "1"]
+    assert command(*options, "--weights", weights, "--json", tmp_path / "rows.json") == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["method"], row["n"], row["split"]) == ("text-to-image", 1, "test") and "seam" not in row
 

@@ -28,7 +28,7 @@ RASG = pack_module("model_patches.hd_painter.rasg").RASG
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
 
-COUNT = 4
+COUNT = 3
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,8 +129,7 @@ def literal_score(recorded: list[Any], picture: int, tokens: torch.Tensor, hole:
     [
         pytest.param("sd15", True, True, "1/16", 2, marks=pytest.mark.quick),
         ("sd15", True, False, "1/32", 4),
-        ("sdxl", False, True, "1/16", 2),
-        ("sdxl", True, True, "1/32", 4),
+        ("sdxl", False, True, "1/32", 4),
         ("sd2", True, False, "1/16", 2),
     ],
 )
@@ -155,7 +154,6 @@ def test_each_picture_goes_on_from_the_noise_with_the_best_score(
 SAMPLERS = [
     "euler",
     "heun",
-    "dpm_2",
     "dpmpp_2m",
     "dpmpp_sde",
     "euler_ancestral",
@@ -163,7 +161,6 @@ SAMPLERS = [
     "lcm",
     "dpm_fast",
     "ddpm",
-    "res_multistep",
 ]
 
 
@@ -219,16 +216,15 @@ def test_noise_of_zero_has_no_candidates(spied: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "others",
+    ("others", "comes_first"),
     [
-        (PAIntA(end_percent=1.0),),
-        (SemanticBoundary(),),
-        (RASG(eta=0.3),),
-        (PAIntA(), RASG(eta=0.3), SemanticBoundary()),
+        ((PAIntA(end_percent=1.0),), True),
+        ((SemanticBoundary(),), False),
+        ((RASG(eta=0.3),), False),
+        ((PAIntA(), RASG(eta=0.3), SemanticBoundary()), True),
     ],
     ids=["PAIntA", "SBC", "RASG", "all"],
 )
-@pytest.mark.parametrize("comes_first", [False, True])
 def test_beside_the_other_methods_they_act_as_from_that_noise(
     others: tuple[Any, ...], comes_first: bool, spied: Any
 ) -> None:
@@ -293,7 +289,7 @@ def test_the_cost_is_said_before_it_starts_and_the_seeds_after_the_choice(spied:
         at.append(spy.calls)
 
     scene.host(scene.sigmas("simple", 4), started(scene.patcher, announce=hear))
-    assert "4 candidates for 2 of 4 steps" in said[0] and "time of 13 steps, not 4" in said[0]
+    assert "3 candidates for 2 of 4 steps" in said[0] and "time of 10 steps, not 4" in said[0]
     assert at == [0, COUNT * 3] and spy.calls == COUNT * 3 + 1
     own = noises(scene)
     seeds = [next(n for n in range(COUNT) if torch.equal(own[n][p], spy.noises[-1][p])) for p in range(3)]
@@ -309,23 +305,25 @@ def test_progress_counts_the_candidates_steps() -> None:
     assert heard == [(step, COUNT * 2 + 4) for step in range(COUNT * 2 + 4)]
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 9])
-def test_after_an_interrupt_nothing_stays_behind(stop_at: int) -> None:
+def test_after_an_interrupt_nothing_stays_behind() -> None:
     scene = Scene("sd15", True, True, torch.float32)
     sigmas = scene.sigmas("simple", 4)
     model = started(scene.patcher)
     before, expected = scene.host(sigmas), scene.host(sigmas, model)
     state = torch.get_rng_state()
 
-    def interrupt(step: int, x0: torch.Tensor, x: torch.Tensor, total: int) -> None:
-        if step == stop_at:
-            raise comfy.model_management.InterruptProcessingException
+    # In the first candidate, in the last, and after the choice.
+    for stop_at in (1, 5, 8):
 
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        scene.host(sigmas, model, callback=interrupt)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(scene.host(sigmas), before)
-    assert torch.equal(scene.host(sigmas, model), expected)
+        def interrupt(step: int, x0: torch.Tensor, x: torch.Tensor, total: int, last: int = stop_at) -> None:
+            if step == last:
+                raise comfy.model_management.InterruptProcessingException
+
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            scene.host(sigmas, model, callback=interrupt)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(scene.host(sigmas), before)
+        assert torch.equal(scene.host(sigmas, model), expected)
 
 
 def test_a_sampler_that_is_not_the_ksamplers_gets_one_sentence() -> None:

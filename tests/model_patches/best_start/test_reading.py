@@ -1,4 +1,4 @@
-"""The ways to read attention, against loops over heads, pixels and tokens; and what a reader hears of a call."""
+"""The score of an attention, against loops over heads, pixels and tokens; and what a reader hears of a call."""
 
 from __future__ import annotations
 
@@ -25,33 +25,18 @@ def _no_leftovers():
     forget_models()
 
 
-def map_value(name: str, head: torch.Tensor, pixel: int, token: int) -> float:
-    """One head's [pixels, text] raw scores: what a pixel says of a token."""
-    row = [float(value) for value in head[pixel]]
-    total = sum(math.exp(value) for value in row)
-    return {
-        "released": row[token],
-        "raw": row[token],
-        "probability": math.exp(row[token]) / total,
-        "log-probability": row[token] - math.log(total),
-        "contrast": row[token] - row[0],
-    }[name]
-
-
-def literal(name: str, blocks: list[torch.Tensor], tokens: list[int], hole: list[bool]) -> float:
-    """The score of one picture; each block is [heads, pixels, text]."""
+def literal(blocks: list[torch.Tensor], tokens: list[int], hole: list[bool]) -> float:
+    """The score of one picture; each block's raw scores are [heads, pixels, text]."""
     score = 0.0
     for token in tokens:
         of_pixels = []
         for pixel in range(len(hole)):
-            values = [map_value(name, head, pixel, token) for block in blocks for head in block]
+            values = []
+            for block in blocks:
+                for head in block:
+                    row = [math.exp(float(value)) for value in head[pixel]]
+                    values.append(row[token] / sum(row))
             of_pixels.append(sum(values) / len(values))
-        if name == "released":
-            # Equation 9, with the signs and the shift of the released code.
-            for value, is_hole in zip(of_pixels, hole, strict=True):
-                probability = 1 / (1 + math.exp(-(value - 1)))
-                score += math.log(probability if is_hole else 1 - probability) / len(hole)
-            continue
         inside = [value for value, is_hole in zip(of_pixels, hole, strict=True) if is_hole]
         outside = [value for value, is_hole in zip(of_pixels, hole, strict=True) if not is_hole]
         score += sum(inside) / max(len(inside), 1) - sum(outside) / max(len(outside), 1)
@@ -59,20 +44,18 @@ def literal(name: str, blocks: list[torch.Tensor], tokens: list[int], hole: list
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", list(reading.READINGS))
-def test_each_reading_is_its_formula(name: str) -> None:
+def test_the_score_is_its_formula() -> None:
     generator = torch.Generator().manual_seed(1)
     blocks = [2 * torch.randn(3, 2, 6, 5, generator=generator, dtype=torch.float64) for _ in range(2)]
     tokens = torch.tensor(
         [[False, True, True, False, False], [False, True, False, False, True], [False, True, True, True, True]]
     )
     hole = torch.tensor([[1, 1, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]], dtype=torch.bool)
-    way = reading.READINGS[name]
-    maps = torch.stack([way.of_block(block) for block in blocks]).mean(dim=0)
-    found = way.score(maps, tokens, hole)
+    maps = torch.stack([reading.probabilities(block) for block in blocks]).mean(dim=0)
+    found = reading.inside_less_outside(maps, tokens, hole)
     for picture in range(3):
         own = tokens[picture].nonzero().flatten().tolist()
-        right = literal(name, [block[picture] for block in blocks], own, hole[picture].tolist())
+        right = literal([block[picture] for block in blocks], own, hole[picture].tolist())
         assert float(found[picture]) == pytest.approx(right, rel=1e-9)
 
 
@@ -89,7 +72,7 @@ def test_prompts_and_levels_are_added_and_the_negative_one_has_no_say() -> None:
             name, order = "Reads", 0
 
             def begin(self, run: Any, hole: torch.Tensor) -> Any:
-                found.append(reading.AttentionScore(reading.READINGS["probability"], hole, factors))
+                found.append(reading.AttentionScore(hole, factors))
                 return found[0].reader
 
         scene.host(scene.sigmas("simple", 1), sampling_run.with_method(scene.patcher, Reads()))

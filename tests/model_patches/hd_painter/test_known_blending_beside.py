@@ -12,6 +12,7 @@ from truefill_testing.known_scene import (
     CFG,
     RASG,
     ROUNDING,
+    TOLERANCE,
     Previews,
     Scene,
     area_mean,
@@ -126,7 +127,8 @@ def test_next_to_another_packs_post_cfg_function(kind: str, known_first: bool) -
     assert_same(scene.host(model, sigmas=sigmas, callback=previews), literal.x0, masked(scene))
     for preview, prediction, step in zip(previews.x0, seen, literal.steps, strict=True):
         assert_same(preview, step.x0)
-        assert_same(0.8 * prediction, step.predicted)
+        # The host's x - sigma eps is float32, and rounds with sigma: 1.05e-5 on one machine.
+        assert_same(0.8 * prediction, step.predicted, tolerance=2 * TOLERANCE)
 
 
 @kinds

@@ -69,6 +69,13 @@ _WRITTEN = {
 }
 
 
+def place_names(models: Path) -> None:
+    """Put empty files into a folder laid out like ComfyUI's `models`, for graphs that are looked at and not run."""
+    for name in (*(f"checkpoints/{file}" for file in CHECKPOINTS), *_WRITTEN):
+        (models / name).parent.mkdir(parents=True, exist_ok=True)
+        (models / name).touch()
+
+
 def place_stand_ins(models: Path) -> list[Path]:
     """Put all of them into a folder laid out like ComfyUI's `models`; returns the new files."""
     placed = []
