@@ -37,6 +37,7 @@ from ..training.world.triplets import Triplet
 from ..weights.demo_model import FOLDER, load_demo_model
 from .judge import Judge
 from .metrics import background_change, background_error, seam_visibility
+from .noise_search import NoiseSearch
 
 # The host's module of that name; a plain import would look like one of the pack's folder.
 host_nodes = importlib.import_module("nodes")
@@ -75,8 +76,8 @@ class KSampling(Sampling):
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: which model, with PAIntA, with RASG of which eta reading which grid, with a semantic boundary, with
-    several starts to choose from after which share of the steps, or one of PILOTS."""
+    """One row of the table: which model, with PAIntA, with RASG of which eta, grid and strength, with a semantic boundary, with
+    several starts to choose from after which share of the steps, from a noise after so many steps of search, or one of PILOTS."""
 
     model: str
     painta: bool = False
@@ -84,20 +85,24 @@ class Method:
     boundary: bool = False
     pilot: str | None = None
     grid: str = AUTO
+    strength: float = 1.0
     candidates: int = 1
     choose_at: float = 0.5
+    searched: int = 0
 
     @property
     def name(self) -> str:
         if self.pilot is not None:
             return self.pilot
         grid = "" if self.grid == AUTO else f" {self.grid}"
+        strength = "" if self.strength == 1.0 else f" strength {self.strength:g}"
         share = "" if self.choose_at == BestStart.choose_at else f" at {self.choose_at:g}"
         parts = (
             ["PAIntA"] * self.painta
-            + [f"RASG{grid}"] * (self.eta is not None)
+            + [f"RASG{grid}{strength}"] * (self.eta is not None)
             + ["SBC"] * self.boundary
             + [f"best of {self.candidates}{share}"] * (self.candidates > 1)
+            + [f"noise search {self.searched}"] * (self.searched > 0)
         )
         return " + ".join(parts) or "plain"
 
@@ -117,7 +122,7 @@ class Outcome:
 
 
 def methods(models: list[str], etas: list[float]) -> list[Method]:
-    """Plain, PAIntA, RASG (of each eta) and SBC in all combinations, RASG on each grid, Best Start; PILOT for models that can."""
+    """All combinations of PAIntA, RASG (of each eta) and SBC; RASG's grids and strengths, starts; PILOT for models that can."""
     return [method for model in models for method in _methods_of(model, etas)]
 
 
@@ -130,14 +135,16 @@ def _methods_of(model: str, etas: list[float]) -> list[Method]:
         for eta in of_rasg
     ]
     grids = [Method(model, eta=eta, grid=grid) for grid in GRIDS for eta in etas]
+    strengths = [Method(model, eta=eta, strength=strength) for strength in (0.25, 0.5, 0.75) for eta in etas]
     starts = [
         *(Method(model, candidates=candidates) for candidates in (2, 4, 8)),
         Method(model, candidates=4, choose_at=0.25),
         Method(model, candidates=4, boundary=True),
         *(Method(model, candidates=4, eta=eta) for eta in etas),
     ]
+    searches = [Method(model, searched=steps) for steps in (5, 10, 20)]
     pilots = [Method(model, pilot=name) for name in PILOTS if model == "4-channel"]
-    return [*combined, *grids, *starts, *pilots]
+    return [*combined, *grids, *strengths, *starts, *searches, *pilots]
 
 
 class Models:
@@ -159,12 +166,14 @@ def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
     if method.painta:
         model = with_method(model, PAIntA())
     if method.eta is not None:
-        model = with_method(model, RASG(eta=method.eta, grid=method.grid))
+        model = with_method(model, RASG(eta=method.eta, grid=method.grid, strength=method.strength))
     if method.boundary:
         model = with_method(model, SemanticBoundary())
     if method.candidates > 1:
         starts = BestStart(candidates=method.candidates, choose_at=method.choose_at, announce=lambda text: None)
         model = with_method(model, starts)
+    if method.searched:
+        model = with_method(model, NoiseSearch(steps=method.searched))
     return model
 
 

@@ -122,6 +122,13 @@ def test_another_input_is_another_question(toy: Callable[..., ModuleType], chang
     assert len(module.CALLS) == 2
 
 
+def test_what_another_machine_rounds_otherwise_is_the_same_question(toy: Callable[..., ModuleType]) -> None:
+    module = toy()
+    for last_bit, made_of, calls in ((0.0, 7, 1), (1e-7, 7, 1), (0.0, 8, 2)):
+        ask(module, oracle.made_of(X + last_bit * X, made_of))
+        assert len(module.CALLS) == calls
+
+
 def test_an_edited_form_answers_anew(toy: Callable[..., ModuleType]) -> None:
     ask(toy(), X)
     keep()

@@ -38,16 +38,19 @@ def inside_less_outside(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Te
 class AttentionReader(MethodRun):
     """Hands the raw scores of chosen cross-attentions to `note`, for each group of rows of a positive prompt.
 
-    `note` is called with the place, the grid (height, width), the rows, and raw scores [B, heads, pixels, text], in float32.
+    `note` is called with the place, the grid (height, width), the rows, and raw scores [B, heads, pixels, text], in float32. They
+    are part of a graph that is recorded only where `differentiable` says so.
     """
 
     def __init__(
         self,
         factors: Collection[int],
         note: Callable[[TransformerPlace, tuple[int, int], PromptRows, torch.Tensor], None],
+        differentiable: bool = False,
     ) -> None:
         self._factors = factors
         self._note = note
+        self._differentiable = differentiable
 
     def edit(self, call: UNetCall) -> AbstractContextManager[None]:
         chosen = {t.place: t for t in call.places if t.factor in self._factors}
@@ -64,7 +67,8 @@ class AttentionReader(MethodRun):
                         here = slice(number * pictures, (number + 1) * pictures)
                         # What other packs have appended to the context is no text.
                         text = context[here, : call.text_tokens]
-                        raw = _raw_scores(chosen[place].cross, n[here], text)
+                        with nullcontext() if self._differentiable else torch.no_grad():
+                            raw = _raw_scores(chosen[place].cross, n[here], text)
                         self._note(chosen[place], (height, width), rows, raw)
             return n, context, value
 
@@ -72,7 +76,6 @@ class AttentionReader(MethodRun):
         return nullcontext()
 
 
-@torch.no_grad()
 def _raw_scores(cross: Any, n: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     query, key = (
         full_precision(part).unflatten(2, (cross.heads, -1)).transpose(1, 2)
@@ -89,13 +92,14 @@ def cells_of(hole: torch.Tensor, rows: PromptRows, grid: tuple[int, int]) -> tor
 class AttentionScore:
     """The score of each picture in one evaluation of the model: reads the calls that `reader` edits.
 
-    It is the sum over levels and positive prompts. `hole` is [B, 1, h, w], how much of each latent cell is hole.
+    It is the sum over levels and positive prompts. `hole` is [B, 1, h, w], how much of each latent cell is hole; `differentiable`
+    is as in `AttentionReader`.
     """
 
-    def __init__(self, hole: torch.Tensor, factors: Collection[int]) -> None:
+    def __init__(self, hole: torch.Tensor, factors: Collection[int], differentiable: bool = False) -> None:
         self._hole = hole
         self._maps: dict[tuple[PromptRows, tuple[int, int]], list[torch.Tensor]] = defaultdict(list)
-        self.reader = AttentionReader(factors, self._note)
+        self.reader = AttentionReader(factors, self._note, differentiable)
 
     def _note(self, place: TransformerPlace, grid: tuple[int, int], rows: PromptRows, raw: torch.Tensor) -> None:
         self._maps[rows, grid].append(probabilities(raw))

@@ -11,7 +11,7 @@ from devtools.pack import ensure_host
 
 from .literal_sampling import Prompt, Run, literal_sample
 from .literal_unet import as_float64
-from .oracle import kept
+from .oracle import kept, made_of
 from .small_models import small_conditioning, small_model
 
 ensure_host()
@@ -182,7 +182,10 @@ class Scene:
     def prompt(self, conditioning: list, words_alone: bool = False) -> Prompt:
         ((context, options),) = conditioning
         height, width = (8 * side for side in self.size)
-        y = self.model.encode_adm(pooled_output=options["pooled_output"], width=width, height=height)
+        pooled = options["pooled_output"]
+        y = self.model.encode_adm(pooled_output=pooled, width=width, height=height)
+        if y is not None:
+            y = made_of(y, pooled, width, height)
         return Prompt(context, y, token_set(*(self.WORDS if words_alone else self.TOKENS)))
 
     def literal(
