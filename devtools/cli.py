@@ -6,7 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import environment, host, launch, program
@@ -48,12 +48,14 @@ def _prepare(*tools: str, pinned: bool = False) -> tuple[Path, Path]:
         return folder, environment.ensure_packages(folder / "requirements.txt")
 
 
-def _call(python: Path, folder: Path, *arguments: object, tied: bool = False, **variables: str) -> int:
+def _call(
+    python: Path, folder: Path, *arguments: object, tied: bool = False, variables: Mapping[str, str] | None = None
+) -> int:
     """Run a program through launch.py in the checkout, with the host's folder in TRUEFILL_HOST; returns its exit code.
 
     One that is `tied` gets no standard input and ends with this process.
     """
-    environment = os.environ | {"TRUEFILL_HOST": str(folder), "PYTHONUTF8": "1"} | variables
+    environment = os.environ | {"TRUEFILL_HOST": str(folder), "PYTHONUTF8": "1", **(variables or {})}
     environment.pop("PYTHONPATH", None)
     command = launch.command(*(["--tied"] if tied else []), *arguments, python=python)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE if tied else None)
@@ -80,7 +82,7 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     chosen = [*(["-m", "quick"] if options.quick else []), *(["--oracles"] if options.oracles else [])]
     side_by_side = [] if rest and not options.quick else SIDE_BY_SIDE
     folder, python = _prepare("pytest", "hypothesis", "xdist", "segment_anything")
-    return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, **KEEP_MEMORY)
+    return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, variables=KEEP_MEMORY)
 
 
 def _lint(options: argparse.Namespace, rest: list[str]) -> int:

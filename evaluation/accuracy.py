@@ -142,7 +142,7 @@ def _methods_of(model: str, etas: list[float]) -> list[Method]:
         Method(model, candidates=4, boundary=True),
         *(Method(model, candidates=4, eta=eta) for eta in etas),
     ]
-    searches = [Method(model, searched=steps) for steps in (5, 10, 20)]
+    searches = [Method(model, searched=steps) for steps in (1, 2, 5, 10, 20)]
     pilots = [Method(model, pilot=name) for name in PILOTS if model == "4-channel"]
     return [*combined, *grids, *strengths, *starts, *searches, *pilots]
 

@@ -113,7 +113,7 @@ class TrueFillRASG(io.ComfyNode):
                     round=0.001,
                     tooltip="How much of each step's noise level comes from the gradient, as DDIM's eta; it takes the place of "
                     "the sampler's own eta. 0.01 is what the authors' results correspond to: the 0.25 in their paper belongs "
-                    "to a sigma some 25 times smaller. Try 0.01 to 0.1.",
+                    "to a sigma some 25 times smaller. More pulls harder, and above 0.02 what appears is wrong more often.",
                 ),
                 io.Float.Input(
                     "strength",
