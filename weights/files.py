@@ -12,8 +12,11 @@ import torch
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
-def read_tensors(path: Path, where_to_get: str) -> Mapping[str, torch.Tensor]:
-    """A file's tensors by their names. Raises ValueError, one sentence, for a file that has none or can't be read."""
+def read_tensors(path: Path, where_to_get: str, nested: bool = False) -> Mapping[str, torch.Tensor]:
+    """A file's tensors by their names; where it may be `nested`, those of its parts under "part.name".
+
+    Raises ValueError, one sentence, for a file that has none or can't be read.
+    """
     try:
         state: Any = comfy.utils.load_torch_file(str(path), safe_load=True)
     except FileNotFoundError:
@@ -23,9 +26,19 @@ def read_tensors(path: Path, where_to_get: str) -> Mapping[str, torch.Tensor]:
             f"{path.name} can't be read as weights ({type(error).__name__}): it is damaged, incomplete, or holds something else. "
             f"Download it again, or take {where_to_get}."
         ) from error
+    if nested and isinstance(state, Mapping):
+        state = _flat(state)
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{path.name} holds other things than weights: take {where_to_get}.")
     return state
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, value in state.items():
+        parts = _flat(value).items() if isinstance(value, Mapping) else ()
+        flat.update({f"{name}.{part}": inner for part, inner in parts} if parts else {name: value})
+    return flat
 
 
 def differing(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
