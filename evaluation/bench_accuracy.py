@@ -3,7 +3,8 @@
 HD-Painter's measure (section 4.2) on a world in which it costs nothing: for triplets of a scene, a hole and a prompt that the
 scene does not suggest, does a classifier find the asked-for shape and colour in the hole? Every picture is made by the host's
 nodes in the order of the shipped graphs, with the same noise for every method. Intervals are 95 %: Wilson's for accuracy, the
-normal approximation for the rest and for the paired difference to plain. The triplets come from seeds that no training saw.
+normal approximation for the rest and for the paired difference to plain, or to the row of the same model that `--against` names.
+The triplets come from seeds that no training saw.
 "before" is how much the background changes before the original's is put back.
 
     python dev.py bench accuracy [--triplets 500] [--seed 0] [--json FILE] [--grid FILE.png]
@@ -50,6 +51,7 @@ from .tables import show_table
 # HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
 PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
 MODULE = "evaluation.bench_accuracy"
+PLAIN = "plain"
 GRID_TRIPLETS = 8
 LOG_LINES = 15
 
@@ -64,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
     parser.add_argument("--models", nargs="+", choices=models, default=models, help="default: both")
     parser.add_argument("--methods", nargs="+", choices=known, default=list(PAPER), help="default: those of HD-Painter")
+    parser.add_argument("--against", choices=known, default=PLAIN, metavar="METHOD", help="default: plain")
     parser.add_argument("--etas", type=float, nargs="+", help="etas for RASG (default: the node's)")
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
@@ -80,6 +83,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.check and options.against != PLAIN:
+        parser.error("--check compares with plain: leave --against out.")
     if options.grid and options.outcomes:
         parser.error("--grid draws pictures that --outcomes does not keep: run it by itself, with few triplets.")
     if min(options.triplets, options.steps) < 1 or min(options.captions, options.seed) < 0:
@@ -237,8 +242,8 @@ def progress(found: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]
     return collected
 
 
-def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """One row of the table; `plain` are the outcomes of plain inpainting, of the same triplets in the same order."""
+def summary(method: Any, found: list[dict[str, Any]], against: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """One row of the table; `against` are the outcomes to compare with, of the same triplets in the same order."""
     count = len(found)
     right = sum(outcome["right"] for outcome in found)
     row: dict[str, Any] = {
@@ -263,10 +268,12 @@ def summary(method: Any, found: list[dict[str, Any]], plain: list[dict[str, Any]
     changes = [outcome["change_before"] for outcome in found if "change_before" in outcome]
     if len(changes) == count:
         row["background_before"] = sum(changes) / count
-    if plain is not None and plain is not found:
-        pairs = zip(found, plain, strict=True)
+    if against is not None and against is not found:
+        pairs = list(zip(found, against, strict=True))
         gain, low, high = mean_interval([float(ours["right"]) - float(theirs["right"]) for ours, theirs in pairs])
         row |= {"gain": gain, "gain_ci95": (low, high)}
+        rise, low, high = mean_interval([ours["seam"] - theirs["seam"] for ours, theirs in pairs])
+        row |= {"seam_rise": rise, "seam_rise_ci95": (low, high)}
     return row
 
 
@@ -280,8 +287,8 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    """One row of the table as text, by column; shares are in percent."""
+def cells(row: dict[str, Any], against: str = PLAIN) -> dict[str, str]:
+    """One row of the table as text, by column; shares are in percent. `against` is what it was compared with."""
     shown = {
         "model": row["model"],
         "method": row["method"],
@@ -289,16 +296,20 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "n": str(row["n"]),
         "accuracy": percent(row["accuracy"]),
         "95 %": " - ".join(map(percent, row["ci95"])),
-        "to plain": "",
+        f"to {against}": "",
         "nothing": percent(row["nothing"]),
     }
     if "gain" in row:
         low, high = row["gain_ci95"]
-        shown["to plain"] = f"{100 * row['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        shown[f"to {against}"] = f"{100 * row['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
     if "seam" in row:
         low, high = row["seam_ci95"]
         shown["background"] = f"{row['background_max_error']:g}"
         shown["seam"] = f"{row['seam']:.2f} ({low:.2f} to {high:.2f})"
+        if against != PLAIN:
+            rise = row.get("seam_rise")
+            low, high = row.get("seam_rise_ci95", (0.0, 0.0))
+            shown[f"seam to {against}"] = "" if rise is None else f"{rise:+.2f} ({low:+.2f} to {high:+.2f})"
         shown["paper"] = "" if row["paper"] is None else f"{row['paper']:.1f}"
     if "background_before" in row:
         shown["before"] = f"{row['background_before']:.1f}"
@@ -357,11 +368,11 @@ def main() -> int:
         if options.grid:
             write_grid(options, rows, folder)
     by_row = [sorted((o for o in found if o["row"] == number), key=lambda o: o["index"]) for number in range(len(rows))]
-    plain = {row.model: mine for row, mine in zip(rows, by_row, strict=True) if row and row.name == "plain"}
+    against = {row.model: mine for row, mine in zip(rows, by_row, strict=True) if row and row.name == options.against}
     results = [
-        summary(row, mine, plain.get(row.model) if row else None) for row, mine in zip(rows, by_row, strict=True)
+        summary(row, mine, against.get(row.model) if row else None) for row, mine in zip(rows, by_row, strict=True)
     ]
-    show_table("Shares are in percent.", [cells(result) for result in results])
+    show_table("Shares are in percent.", [cells(result, options.against) for result in results])
     if options.json:
         common = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
         options.json.write_text(json.dumps([common | result for result in results], indent=1))

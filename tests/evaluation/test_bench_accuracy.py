@@ -55,8 +55,12 @@ def test_a_row_says_what_came_of_its_triplets():
     assert row["gain_ci95"] == pytest.approx((0.3 - 0.2994, 0.3 + 0.2994), abs=1e-3)
     assert row["background_max_error"] == 0.5 and row["seam"] == 3.0 and row["seconds"] == 2.0
     assert row["nothing"] == pytest.approx(0.3)
+    assert row["seam_rise"] == 2.0 and row["seam_rise_ci95"] == (2.0, 2.0)
     assert "gain" not in bench.summary(accuracy.Method("9-channel"), plain, plain)
     json.dumps(row)
+    shown = bench.cells(row, "SBC")
+    assert shown["to SBC"] == "+30.0 (+0.1 to +59.9)" and shown["seam to SBC"] == "+2.00 (+2.00 to +2.00)"
+    assert "to plain" in bench.cells(row) and "to plain" not in shown
 
 
 def test_only_a_loss_beyond_noise_is_one(capsys):
