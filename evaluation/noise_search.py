@@ -1,8 +1,8 @@
 """An experiment: before sampling begins, the noise in the hole climbs the score that Best Start chooses by.
 
 The idea is FreeInpaint's (arXiv 2512.21104): what the first noise says to cross-attention decides much of where things go. The
-score is differentiated through the first evaluation; after each step the noise has its mean and deviation again. It is no node:
-README says what came out.
+score is differentiated through the first evaluation; after each step the noise has its mean and deviation again. It is no node
+yet: README says what came out.
 """
 
 from __future__ import annotations
