@@ -21,7 +21,6 @@ from comfy.sd import CLIP, VAE
 from comfy_extras.nodes_mask import composite
 
 from ..imaging.fill import fill_pictures
-from ..model_patches.best_start.best_start import BestStart
 from ..model_patches.core.diffusion import Sampling
 from ..model_patches.core.prompt_tokens import encode_prompt
 from ..model_patches.core.sampling_run import with_method
@@ -30,6 +29,8 @@ from ..model_patches.hd_painter.painta import PAIntA
 from ..model_patches.hd_painter.rasg import RASG
 from ..model_patches.pilot.sampler import PILOT, pilot_sampler
 from ..model_patches.pilot.semantic_boundary import SemanticBoundary
+from ..model_patches.starts.best_start import BestStart
+from ..model_patches.starts.noise_search import NoiseSearch
 from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, generator
 from ..training.world.backgrounds import BACKGROUNDS, PHRASES
 from ..training.world.captions import local_caption
@@ -37,7 +38,6 @@ from ..training.world.triplets import Triplet
 from ..weights.demo_model import FOLDER, load_demo_model
 from .judge import Judge
 from .metrics import background_change, background_error, seam_visibility
-from .noise_search import NoiseSearch
 
 # The host's module of that name; a plain import would look like one of the pack's folder.
 host_nodes = importlib.import_module("nodes")
@@ -77,7 +77,8 @@ class KSampling(Sampling):
 @dataclass(frozen=True)
 class Method:
     """One row of the table: which model, with PAIntA, with RASG of which eta, grid and strength, with a semantic boundary, with
-    several starts to choose from after which share of the steps, from a noise after so many steps of search, or one of PILOTS."""
+    several starts to choose from after which share of the steps, from a noise after so many steps of search at a rate, or one of
+    PILOTS."""
 
     model: str
     painta: bool = False
@@ -89,6 +90,7 @@ class Method:
     candidates: int = 1
     choose_at: float = 0.5
     searched: int = 0
+    rate: float = NoiseSearch.rate
 
     @property
     def name(self) -> str:
@@ -96,13 +98,14 @@ class Method:
             return self.pilot
         grid = "" if self.grid == AUTO else f" {self.grid}"
         strength = "" if self.strength == 1.0 else f" strength {self.strength:g}"
+        rate = "" if self.rate == NoiseSearch.rate else f" rate {self.rate:g}"
         share = "" if self.choose_at == BestStart.choose_at else f" at {self.choose_at:g}"
         parts = (
             ["PAIntA"] * self.painta
             + [f"RASG{grid}{strength}"] * (self.eta is not None)
             + ["SBC"] * self.boundary
             + [f"best of {self.candidates}{share}"] * (self.candidates > 1)
-            + [f"noise search {self.searched}"] * (self.searched > 0)
+            + [f"noise search {self.searched}{rate}"] * (self.searched > 0)
         )
         return " + ".join(parts) or "plain"
 
@@ -142,7 +145,13 @@ def _methods_of(model: str, etas: list[float]) -> list[Method]:
         Method(model, candidates=4, boundary=True),
         *(Method(model, candidates=4, eta=eta) for eta in etas),
     ]
-    searches = [Method(model, searched=steps) for steps in (1, 2, 5, 10, 20)]
+    searches = [
+        *(Method(model, searched=steps) for steps in (1, 2, 5, 10, 20)),
+        *(Method(model, searched=steps, rate=rate) for steps in (1, 2) for rate in (0.025, 0.05, 0.2, 0.4)),
+        Method(model, searched=1, boundary=True),
+        Method(model, searched=1, candidates=4),
+        *(Method(model, searched=1, painta=painta, eta=eta) for painta in (False, True) for eta in etas),
+    ]
     pilots = [Method(model, pilot=name) for name in PILOTS if model == "4-channel"]
     return [*combined, *grids, *strengths, *starts, *searches, *pilots]
 
@@ -173,7 +182,8 @@ def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
         starts = BestStart(candidates=method.candidates, choose_at=method.choose_at, announce=lambda text: None)
         model = with_method(model, starts)
     if method.searched:
-        model = with_method(model, NoiseSearch(steps=method.searched))
+        search = NoiseSearch(steps=method.searched, rate=method.rate, announce=lambda text: None)
+        model = with_method(model, search)
     return model
 
 

@@ -25,12 +25,12 @@ import comfy.utils
 import numpy as np
 import torch
 
-from ..model_patches.best_start.reading import AttentionReader, cells_of, inside_less_outside, probabilities
 from ..model_patches.core.call_rows import PromptRows
 from ..model_patches.core.protocol import Method, MethodRun
 from ..model_patches.core.sampling_run import SamplingRun, with_method
 from ..model_patches.core.unet_attention import TransformerPlace
 from ..model_patches.hd_painter.rasg import attention_score
+from ..model_patches.starts.reading import AttentionReader, cells_of, inside_less_outside, probabilities
 from ..training.world.attributes import COLOURS, SHAPES, SceneObject
 from ..training.world.scenes import render_objects
 from ..training.world.triplets import Triplet, make_triplet

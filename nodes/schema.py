@@ -6,6 +6,7 @@ from comfy.samplers import KSampler
 from comfy_api.latest import io
 
 from ..imaging.harmonize import ColorMode, Mode
+from ..model_patches.core.unet_attention import AUTO, GRIDS
 from ..weights.engines import TRANSFORMERS, Package
 
 
@@ -28,6 +29,17 @@ def hole_input() -> io.Mask.Input:
         optional=True,
         tooltip="The hole (white). Only needed where neither the latent nor the conditioning carries the mask; where it is "
         "connected it counts.",
+    )
+
+
+def grid_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "grid",
+        options=[AUTO, *GRIDS],
+        default=AUTO,
+        advanced=True,
+        tooltip="At which part of the picture's side the attention is read. auto: the one whose grid is nearest to 16x16, so "
+        "1/32 from 363x363 pixels upwards, and 1/16 below. both: the sum of the two scores.",
     )
 
 

@@ -64,6 +64,13 @@ class MethodRun:
         """The sampler to run instead of `sampler`, which must not be changed."""
         return sampler
 
+    def noise(self, noise: torch.Tensor, look: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """The noise [B, C, h, w] to begin with instead of `noise`, which must not be changed.
+
+        `look(noise)` evaluates the model once, as a run that begins with that noise would at its first noise level.
+        """
+        return noise
+
     def begin_evaluation(self) -> None:
         """The sampler is about to evaluate the model, once for all conditionings."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.samplers import KSAMPLER
 
 from ...imaging.masks import as_mask_batch
 from .autograd import make_weights_ordinary
@@ -77,17 +78,19 @@ def _sample(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Wrapper around the host's `Sampler.sample`: one run with the methods that the model's options ask for."""
-    rest = (callback, noise, latent_image, denoise_mask, *args)
     run = SamplingRun(guider, extra_args["model_options"], noise, latent_image, denoise_mask)
     for settings in _methods(extra_args["model_options"]).values():
         run.begin(settings)
     if not run.acts:
-        return executor(guider, sigmas, extra_args, *rest, **kwargs)
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
     sampler = run.sampler(executor.class_obj)
     with run.installed():
+        extra_args = {**extra_args, "model_options": run.options}
+        noise = run.first_noise(sigmas, extra_args, noise, latent_image, denoise_mask)
         # The next wrapper, or the sampler itself, with a sampler that is a changed copy of the one given.
         following = type(executor).new_class_executor(sampler.sample, sampler, executor.wrappers, executor.idx + 1)
-        return following.execute(guider, sigmas, {**extra_args, "model_options": run.options}, *rest, **kwargs)
+        rest = (callback, noise, latent_image, denoise_mask, *args)
+        return following.execute(guider, sigmas, extra_args, *rest, **kwargs)
 
 
 @contextmanager
@@ -240,6 +243,25 @@ class SamplingRun:
         changed.sampler_function = evaluated
         return changed
 
+    def first_noise(
+        self,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        noise: torch.Tensor,
+        latent_image: torch.Tensor | None,
+        denoise_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The noise to begin with, as the methods want it; the arguments are those of the host's `Sampler.sample`."""
+
+        def look(noise: torch.Tensor) -> None:
+            sampler = KSAMPLER(_evaluate_once)
+            sampler.sample(self._guider, sigmas, extra_args.copy(), None, noise, latent_image, denoise_mask)
+
+        for guest in self._in_order():
+            if guest.acts_at(float(sigmas[0])):
+                noise = guest.method.noise(noise, look)
+        return noise
+
     def begin_evaluation(self) -> None:
         """The sampler is about to evaluate the model."""
         for guest in self._in_order():
@@ -375,6 +397,14 @@ class _Guest:
 
     def __init__(self, name: str, order: int, method: MethodRun, acts_at: Callable[[float], bool]):
         self.name, self.order, self.method, self.acts_at = name, order, method, acts_at
+
+
+def _evaluate_once(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: dict[str, Any], **keywords: Any
+) -> torch.Tensor:
+    """A function for the host's KSAMPLER that changes nothing."""
+    model(x, sigmas[0] * x.new_ones(len(x)), **extra_args)
+    return x
 
 
 class _Evaluations:

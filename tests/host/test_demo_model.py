@@ -116,6 +116,24 @@ def test_best_start_gives_the_picture_of_one_of_its_seeds(server: Client) -> Non
     assert filled(6, "best") == plain[1]
 
 
+def test_noise_search_changes_what_is_in_the_hole(server: Client) -> None:
+    """Beside the other methods too, and with no step at all it is not there."""
+    graph = inpainting("inpainting")
+
+    def filled(**settings: Any) -> bytes:
+        graph["search"]["inputs"] |= settings
+        return picture(server.run(graph).images["save"][0]).tobytes()
+
+    plain = picture(server.run(graph).images["save"][0]).tobytes()
+    graph["search"] = node("TrueFillNoiseSearch", model=["demo", 0], steps=1, rate=0.1, grid="auto")
+    graph["sampler"]["inputs"]["model"] = ["search", 0]
+    assert filled() != plain
+    assert filled(steps=0) == plain
+    assert filled(steps=1, rate=0.0) == plain
+    graph["best"] = node("TrueFillBestStart", model=["demo", 0], candidates=2, choose_at=0.5, grid="auto")
+    assert filled(rate=0.1, model=["best", 0]) != plain
+
+
 # Nodes of the host that open the model up, merge it, shorten its text encoder, or tile its autoencoder.
 ON_MODEL = {
     "FreeU_V2": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2},

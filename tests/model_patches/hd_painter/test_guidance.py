@@ -438,11 +438,11 @@ class TestErrors:
             assert torch.equal(scene.host(sigmas, model), expected)
 
     def test_a_graph_that_does_not_fit_goes_to_main_memory(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-        rasg = pack_module("model_patches.hd_painter.rasg")
+        score_gradient = pack_module("model_patches.core.score_gradient")
         model = both(scene.patcher)
         sigmas = scene.sigmas("simple", 3)
         expected = scene.host(sigmas, model)
-        where, gradient = [], rasg.RASGCall._gradient
+        where, gradient = [], score_gradient._RecordedCall._differentiated
 
         def too_big(self):
             if not where:
@@ -455,8 +455,8 @@ class TestErrors:
             where.append(on_cpu)
             return saving_copies(module, on_cpu)
 
-        monkeypatch.setattr(rasg.RASGCall, "_gradient", too_big)
-        monkeypatch.setattr(rasg, "saving_copies", note)
+        monkeypatch.setattr(score_gradient._RecordedCall, "_differentiated", too_big)
+        monkeypatch.setattr(score_gradient, "saving_copies", note)
         assert_close(scene.host(sigmas, model), expected, 1e-5)
         assert where == [True] * 3
 

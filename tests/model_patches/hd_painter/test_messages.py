@@ -313,7 +313,8 @@ class TestAnotherSize:
         ),
         ("hd_painter", "TrueFillBlendKnown", {"known": {"samples": torch.zeros(1, 4, 8, 8)}, "strength": 1.0}),
         ("pilot", "TrueFillSemanticBoundary", {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0}),
-        ("best_start", "TrueFillBestStart", {"candidates": 4, "choose_at": 0.5, "grid": "auto"}),
+        ("starts", "TrueFillBestStart", {"candidates": 4, "choose_at": 0.5, "grid": "auto"}),
+        ("starts", "TrueFillNoiseSearch", {"steps": 1, "rate": 0.1, "grid": "auto"}),
     ],
 )
 def test_a_mask_that_is_taken_for_noise_is_logged(

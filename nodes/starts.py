@@ -1,13 +1,13 @@
-"""Best Start: of several noises, the one that the attention finds best goes on."""
+"""What a run begins with: the best of several noises, and a noise that was made better."""
 
 from comfy_api.latest import io
 
 from ..imaging.masks import log_noise
-from ..model_patches.best_start.best_start import BestStart
 from ..model_patches.core.sampling_run import with_method
-from ..model_patches.core.unet_attention import AUTO, GRIDS
+from ..model_patches.starts.best_start import BestStart
+from ..model_patches.starts.noise_search import NoiseSearch
 from .announce import announcer
-from .schema import hole_input
+from .schema import grid_input, hole_input
 
 
 class TrueFillBestStart(io.ComfyNode):
@@ -40,14 +40,7 @@ class TrueFillBestStart(io.ComfyNode):
                     tooltip="After which share of the steps one is chosen. Earlier is cheaper and less sure: with 4 candidates "
                     "and 20 steps, 0.5 takes the time of 53 steps, and 0.25 that of 38.",
                 ),
-                io.Combo.Input(
-                    "grid",
-                    options=[AUTO, *GRIDS],
-                    default=AUTO,
-                    advanced=True,
-                    tooltip="At which part of the picture's side the attention is read. auto: the one whose grid is nearest to "
-                    "16x16, so 1/32 from 363x363 pixels upwards, and 1/16 below. both: the sum of the two scores.",
-                ),
+                grid_input(),
                 hole_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model, which begins each run of a sampler with several noises.")],
@@ -75,4 +68,56 @@ class TrueFillBestStart(io.ComfyNode):
         return io.NodeOutput(with_method(model, settings))
 
 
-NODES = [TrueFillBestStart]
+class TrueFillNoiseSearch(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillNoiseSearch",
+            display_name="Noise Search (TrueFill)",
+            category="TrueFill/4 guide",
+            description="Before sampling begins, changes the noise in the hole a little, so that the prompt's attention lies "
+            "better in the hole. Costs about as much as one step of the run, and works with every sampler. For SD1.5, SD2 and "
+            "SDXL, inpainting and plain.",
+            search_aliases=["noise optimization", "initial noise", "latent optimization", "prompt neglect", "inpaint"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
+                io.Int.Input(
+                    "steps",
+                    default=NoiseSearch.steps,
+                    min=0,
+                    max=100,
+                    tooltip="How many times the noise is changed, each at the price of one evaluation with a gradient. 0 leaves "
+                    "the model as it is. More is not better: the noise then stops being what the model knows.",
+                ),
+                io.Float.Input(
+                    "rate",
+                    default=NoiseSearch.rate,
+                    min=0.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="How far each step goes, as a part of the noise's own size in the hole.",
+                ),
+                grid_input(),
+                hole_input(),
+            ],
+            outputs=[io.Model.Output(tooltip="The model, which begins each run of a sampler with a changed noise.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, steps: int, rate: float, grid: str, mask: io.Mask.Type | None = None
+    ) -> io.NodeOutput:
+        log_noise("Noise Search", mask=mask)
+        settings = NoiseSearch(
+            strength=float(steps > 0 and rate > 0),
+            steps=steps,
+            rate=rate,
+            grid=grid,
+            announce=announcer(cls.hidden.unique_id),
+            mask=mask,
+        )
+        return io.NodeOutput(with_method(model, settings))
+
+
+NODES = [TrueFillBestStart, TrueFillNoiseSearch]

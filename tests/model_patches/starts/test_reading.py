@@ -14,7 +14,7 @@ from truefill_testing.scene import Scene, forget_models
 import nodes as host_nodes  # isort: skip
 
 load_pack()
-reading = pack_module("model_patches.best_start.reading")
+reading = pack_module("model_patches.starts.reading")
 sampling_run = pack_module("model_patches.core.sampling_run")
 protocol = pack_module("model_patches.core.protocol")
 
@@ -64,7 +64,7 @@ def test_prompts_and_levels_are_added_and_the_negative_one_has_no_say() -> None:
     scene = Scene("sd15", True, True, torch.float32)
     first, second = scene.positive, [[scene.negative[0][0].flip(1), dict(scene.positive[0][1])]]
 
-    def score(positive: list[Any], negative: list[Any], factors: tuple[int, ...]) -> torch.Tensor:
+    def score(positive: list[Any], negative: list[Any], factors: tuple[int, ...]) -> Any:
         scene.positive, scene.negative = positive, negative
         found: list[Any] = []
 
@@ -76,7 +76,7 @@ def test_prompts_and_levels_are_added_and_the_negative_one_has_no_say() -> None:
                 return found[0].reader
 
         scene.host(scene.sigmas("simple", 1), sampling_run.with_method(scene.patcher, Reads()))
-        return found[0].value()
+        return found[0].value() if found[0].has_read else None
 
     negative = scene.negative
     alone = {factor: [score(of, negative, (factor,)) for of in (first, second)] for factor in (2, 4)}

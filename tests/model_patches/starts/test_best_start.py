@@ -20,7 +20,7 @@ import comfy.samplers  # isort: skip
 import nodes as host_nodes  # isort: skip
 
 load_pack()
-best_start = pack_module("model_patches.best_start.best_start")
+best_start = pack_module("model_patches.starts.best_start")
 BestStart = best_start.BestStart
 sampling_run = pack_module("model_patches.core.sampling_run")
 known_blending = pack_module("model_patches.hd_painter.known_blending")

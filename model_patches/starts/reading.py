@@ -18,6 +18,7 @@ from ...imaging.masks import hole_cells
 from ..core.autograd import full_precision
 from ..core.call_rows import PromptRows
 from ..core.protocol import MethodRun, UNetCall
+from ..core.score_gradient import Grid
 from ..core.unet_attention import Place, TransformerPlace, add_patch
 
 
@@ -38,19 +39,14 @@ def inside_less_outside(maps: torch.Tensor, tokens: torch.Tensor, hole: torch.Te
 class AttentionReader(MethodRun):
     """Hands the raw scores of chosen cross-attentions to `note`, for each group of rows of a positive prompt.
 
-    `note` is called with the place, the grid (height, width), the rows, and raw scores [B, heads, pixels, text], in float32. They
-    are part of a graph that is recorded only where `differentiable` says so.
+    `note` is called with the place, the grid (height, width), the rows, and raw scores [B, heads, pixels, text], in float32.
     """
 
     def __init__(
-        self,
-        factors: Collection[int],
-        note: Callable[[TransformerPlace, tuple[int, int], PromptRows, torch.Tensor], None],
-        differentiable: bool = False,
+        self, factors: Collection[int], note: Callable[[TransformerPlace, Grid, PromptRows, torch.Tensor], None]
     ) -> None:
         self._factors = factors
         self._note = note
-        self._differentiable = differentiable
 
     def edit(self, call: UNetCall) -> AbstractContextManager[None]:
         chosen = {t.place: t for t in call.places if t.factor in self._factors}
@@ -67,8 +63,8 @@ class AttentionReader(MethodRun):
                         here = slice(number * pictures, (number + 1) * pictures)
                         # What other packs have appended to the context is no text.
                         text = context[here, : call.text_tokens]
-                        with nullcontext() if self._differentiable else torch.no_grad():
-                            raw = _raw_scores(chosen[place].cross, n[here], text)
+                        with torch.no_grad():
+                            raw = raw_scores(chosen[place], n[here], text)
                         self._note(chosen[place], (height, width), rows, raw)
             return n, context, value
 
@@ -76,7 +72,9 @@ class AttentionReader(MethodRun):
         return nullcontext()
 
 
-def _raw_scores(cross: Any, n: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+def raw_scores(place: TransformerPlace, n: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    """q k^T / sqrt(d) [B, heads, pixels, text] of n [B, pixels, channels] and context [B, text, channels], in float32."""
+    cross = place.cross
     query, key = (
         full_precision(part).unflatten(2, (cross.heads, -1)).transpose(1, 2)
         for part in (cross.to_q(n), cross.to_k(context))
@@ -84,32 +82,42 @@ def _raw_scores(cross: Any, n: torch.Tensor, context: torch.Tensor) -> torch.Ten
     return query @ key.transpose(-1, -2) * cross.dim_head**-0.5
 
 
-def cells_of(hole: torch.Tensor, rows: PromptRows, grid: tuple[int, int]) -> torch.Tensor:
+def cells_of(hole: torch.Tensor, rows: PromptRows, grid: Grid) -> torch.Tensor:
     """Which cells of a grid, in the part of the picture that the rows see, are hole: bool [B, pixels] of `hole` [B, 1, h, w]."""
     return hole_cells(rows.cut(hole), grid).flatten(1)
 
 
 class AttentionScore:
-    """The score of each picture in one evaluation of the model: reads the calls that `reader` edits.
+    """The score of each picture in one evaluation of the model: the sum over levels and positive prompts.
 
-    It is the sum over levels and positive prompts. `hole` is [B, 1, h, w], how much of each latent cell is hole; `differentiable`
-    is as in `AttentionReader`.
+    `hole` is [B, 1, h, w], how much of each latent cell is hole. It reads the calls that its `reader` edits, or, as a
+    `score_gradient.Score`, what it is given.
     """
 
-    def __init__(self, hole: torch.Tensor, factors: Collection[int], differentiable: bool = False) -> None:
+    def __init__(self, hole: torch.Tensor, factors: Collection[int]) -> None:
         self._hole = hole
-        self._maps: dict[tuple[PromptRows, tuple[int, int]], list[torch.Tensor]] = defaultdict(list)
-        self.reader = AttentionReader(factors, self._note, differentiable)
+        self._maps: dict[tuple[PromptRows, Grid], list[torch.Tensor]] = defaultdict(list)
+        self.reader = AttentionReader(factors, self._note)
 
-    def _note(self, place: TransformerPlace, grid: tuple[int, int], rows: PromptRows, raw: torch.Tensor) -> None:
+    def read(
+        self, place: TransformerPlace, grid: Grid, rows: PromptRows, n: torch.Tensor, context: torch.Tensor
+    ) -> None:
+        self._note(place, grid, rows, raw_scores(place, n, context))
+
+    def _note(self, place: TransformerPlace, grid: Grid, rows: PromptRows, raw: torch.Tensor) -> None:
         self._maps[rows, grid].append(probabilities(raw))
 
-    def value(self) -> torch.Tensor | None:
-        """[B]; None where no positive prompt acted."""
+    @property
+    def has_read(self) -> bool:
+        """Whether a positive prompt acted."""
+        return bool(self._maps)
+
+    def value(self) -> torch.Tensor:
+        """[B]; raises RuntimeError where nothing was read."""
         found = []
         for (rows, grid), maps in self._maps.items():
             cells = cells_of(self._hole, rows, grid).to(maps[0].device)
             tokens = rows.tokens.words_and_ends.to(maps[0].device)
             # A prompt that is limited to a part of the picture without a hole has no say.
             found.append(inside_less_outside(torch.stack(maps).mean(dim=0), tokens, cells) * cells.any(dim=1))
-        return torch.stack(found).sum(dim=0) if found else None
+        return torch.stack(found).sum(dim=0)

@@ -106,7 +106,7 @@ class _Start:
                 answer = model(x, sigma, *args, **keywords)
             self.answers.append((x.clone(), answer.clone()))
             if score is not None:
-                self.score = score.value()
+                self.score = score.value() if score.has_read else None
                 raise _Read
             return answer
 
@@ -156,7 +156,11 @@ class _Candidates(KSAMPLER):
             f"{NAME}: {count} candidates for {early} of {steps} steps, then the best: the time of {total} steps, not {steps}."
         )
         seed = extra_args.get("seed") or 0
-        starts = [_Start(noise), *(_Start(_noise_of(seed + number, noise)) for number in range(1, count))]
+        others = (_noise_of(seed + number, noise) for number in range(1, count))
+        starts = [
+            _Start(noise),
+            *(_Start(method.run.first_noise(sigmas, extra_args, other, *rest[:2])) for other in others),
+        ]
         for number, start in enumerate(starts):
             # What a sampler takes from the global generator shall be the same for all.
             with torch.random.fork_rng([noise.device] if noise.device.type == "cuda" else []), suppress(_Read):
