@@ -17,16 +17,22 @@ class ModelFiles:
     """
 
     def __init__(
-        self, folders: Sequence[str], kind: str, where_to_get: str, shipped: Mapping[str, Path] = MappingProxyType({})
+        self,
+        folders: Sequence[str],
+        kind: str,
+        where_to_get: str,
+        shipped: Mapping[str, Path] = MappingProxyType({}),
+        suffixes: tuple[str, ...] = SUFFIXES,
     ) -> None:
         self._folders, self._kind, self._where, self._shipped = folders, kind, where_to_get, shipped
+        self._suffixes = suffixes
         for folder in folders:
             folder_paths.add_model_folder_path(folder, str(Path(folder_paths.models_dir) / folder))
 
     def names(self) -> list[str]:
         """The files' names, each once."""
         found = [name for folder in self._folders for name in folder_paths.get_filename_list(folder)]
-        return list(dict.fromkeys([*(name for name in found if name.lower().endswith(SUFFIXES)), *self._shipped]))
+        return list(dict.fromkeys([*(name for name in found if name.lower().endswith(self._suffixes)), *self._shipped]))
 
     def path(self, name: str) -> str:
         """Where a file lies. Raises FileNotFoundError, which says where to get one."""

@@ -78,7 +78,8 @@ def _sample(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Wrapper around the host's `Sampler.sample`: one run with the methods that the model's options ask for."""
-    run = SamplingRun(guider, extra_args["model_options"], noise, latent_image, denoise_mask)
+    seed = extra_args.get("seed") or 0
+    run = SamplingRun(guider, extra_args["model_options"], noise, latent_image, denoise_mask, seed)
     for settings in _methods(extra_args["model_options"]).values():
         run.begin(settings)
     if not run.acts:
@@ -124,6 +125,7 @@ class SamplingRun:
         noise: torch.Tensor,
         latent_image: torch.Tensor | None,
         denoise_mask: torch.Tensor | None,
+        seed: int = 0,
     ):
         """`guider` is the host's, with its model loaded; what is sampled has the shape of `noise`, [B, C, h, w]."""
         self._guider = guider
@@ -134,6 +136,8 @@ class SamplingRun:
         self._places: dict[int, list[TransformerPlace]] = {}
         self._ordinary_weights: set[int] = set()
         self._held_edits: ExitStack | None = None
+        self.seed = seed
+        """The sampler's."""
         self.sigma = 0.0
         """The noise level of the evaluation that is going on."""
         self.options = model_options

@@ -1,4 +1,4 @@
-"""What LAR-Gen knows of a subject: the states of the host's CLIP ViT-H, and the tokens that a resampler makes of them."""
+"""What LAR-Gen knows of a subject: what the host's CLIP ViT-H sees, the tokens that a resampler makes of that, and its latent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import comfy.model_management
 import torch
 
-from ...imaging.subject import CLIP_SIDE, for_clip
+from ...imaging.subject import CLIP_SIDE, for_branch, for_clip
 from .resampler import Resampler
 
 WIDTH = 1280
@@ -18,33 +18,60 @@ WHERE_TO_GET = "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Subject:
-    """States [S, 257, 1280] of S pictures.
+class States:
+    """CLIP's states [S, 257, 1280] of S pictures.
 
-    states: the last but one layer's, which Assign reads.
-    nothing: the same of an all-zero picture (after normalising), [1, 257, 1280], for negative prompts.
-    details: the last layer's, before the final norm, which Refine reads.
-    is_one: the pictures are views of one subject; else each is a subject of its own.
+    own: the last but one layer's, which Assign reads.
+    nothing: the same of an all-zero picture (after normalizing), [1, 257, 1280], for negative prompts.
+    details: the last layer's, before the final norm, which a trained Refine reads.
     """
 
-    states: torch.Tensor
+    own: torch.Tensor
     nothing: torch.Tensor
     details: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Subject:
+    """S pictures of a subject, as its encoders see them; without an encoder there is None of it.
+
+    is_one: the pictures are views of one subject; else each is a subject of its own.
+    latents: [S, 4, h, w], square, as the VAE gives them.
+    """
+
+    states: States | None
+    latents: torch.Tensor | None
     is_one: bool
 
     def tokens(self, resampler: Resampler) -> tuple[torch.Tensor, torch.Tensor]:
         """The subjects' tokens [S, n, width], for views of one side by side, [1, S n, width]; and nothing's, [1, n, width].
 
-        These need no repeating: attention to all of them several times is the same.
+        These need no repeating: attention to all of them several times is the same. Raises ValueError, in one sentence, for a
+        subject that CLIP has not seen.
         """
+        states = self.states
+        if states is None:
+            raise ValueError(
+                "Assign reads what CLIP sees of the subject, and this one was encoded without: connect Load CLIP Vision to "
+                f"Encode Subject, with CLIP ViT-H ({WHERE_TO_GET}) in models/clip_vision."
+            )
         device = comfy.model_management.get_torch_device()
         resampler = resampler.to(device)
         with torch.no_grad():
-            own, nothing = (resampler(of.to(device, torch.float32)) for of in (self.states, self.nothing))
+            own, nothing = (resampler(of.to(device, torch.float32)) for of in (states.own, states.nothing))
         return (own.flatten(0, 1)[None] if self.is_one else own), nothing
 
+    def branch_latents(self) -> torch.Tensor:
+        """`latents`. Raises ValueError, in one sentence, where there are none."""
+        if self.latents is None:
+            raise ValueError(
+                "Refine reads the subject's latent, and this one was encoded without: connect the checkpoint's VAE to Encode "
+                "Subject."
+            )
+        return self.latents
 
-def encode_subject(clip_vision: Any, subjects: Sequence[torch.Tensor], is_one: bool) -> Subject:
+
+def clip_states(clip_vision: Any, subjects: Sequence[torch.Tensor]) -> States:
     """Looks at subjects on white, [h, w, 3] each (`imaging.subject.cut_out`), with a host CLIP_VISION.
 
     Raises ValueError, in one sentence, for a vision model that is not CLIP ViT-H.
@@ -52,18 +79,19 @@ def encode_subject(clip_vision: Any, subjects: Sequence[torch.Tensor], is_one: b
     if (width := clip_vision.config.get("hidden_size")) != WIDTH or clip_vision.model_type != "clip_vision_model":
         raise ValueError(
             f"Encode Subject was given a vision model of width {width} ({clip_vision.model_type}), and needs CLIP ViT-H, of "
-            f"width {WIDTH}: load a file such as {WHERE_TO_GET} from models/clip_vision."
+            f"width {WIDTH}: put a file such as {WHERE_TO_GET} into models/clip_vision and load it."
         )
     squares = torch.stack([for_clip(subject) for subject in subjects])
     seen = clip_vision.encode_image(squares, crop=False)
-    # No picture is all zero once the host has normalised it: what is black is not.
+    # No picture is all zero once the host has normalized it: what is black is not.
     comfy.model_management.load_model_gpu(clip_vision.patcher)
     zeros = torch.zeros(1, 3, CLIP_SIDE, CLIP_SIDE, device=clip_vision.load_device)
     with torch.no_grad():
         _, nothing, *_ = clip_vision.model(pixel_values=zeros, intermediate_output=-2)
-    return Subject(
-        states=seen["penultimate_hidden_states"],
-        nothing=nothing.to(seen["penultimate_hidden_states"].device),
-        details=seen["last_hidden_state"],
-        is_one=is_one,
-    )
+    own = seen["penultimate_hidden_states"]
+    return States(own=own, nothing=nothing.to(own.device), details=seen["last_hidden_state"])
+
+
+def squares(subjects: Sequence[torch.Tensor], side: int) -> torch.Tensor:
+    """Subjects on white as the branch reads them: [S, side, side, 3]."""
+    return torch.stack([for_branch(subject, side) for subject in subjects])

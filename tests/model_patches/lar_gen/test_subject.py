@@ -71,34 +71,43 @@ def states_of(vision: Any, pixel_values: torch.Tensor) -> list[torch.Tensor]:
 
 def test_the_states_that_are_read(vision: Any) -> None:
     with torch.inference_mode():
-        found = subject.encode_subject(vision, subjects(), is_one=False)
+        found = subject.clip_states(vision, subjects())
     squares = torch.stack([for_clip(one) for one in subjects()]).movedim(-1, 1)
     # The host rounds to levels of 255 before it normalises.
     mean, std = (torch.tensor(of).view(1, 3, 1, 1) for of in (vision.image_mean, vision.image_std))
     read = states_of(vision, ((255 * squares).round() / 255 - mean) / std)
-    assert found.states.shape == (2, 17, 1280)
-    assert torch.allclose(found.states, read[-2], atol=1e-4)
+    assert found.own.shape == (2, 17, 1280)
+    assert torch.allclose(found.own, read[-2], atol=1e-4)
     assert torch.allclose(found.details, read[-1], atol=1e-4)
     nothing = states_of(vision, torch.zeros(1, 3, 224, 224))[-2]
     assert torch.allclose(found.nothing, nothing, atol=1e-5)
     # A black or a gray picture is something else.
     for level in (0.0, 0.5):
-        (other,) = subject.encode_subject(vision, [torch.full((9, 9, 3), level)], is_one=True).states
+        (other,) = subject.clip_states(vision, [torch.full((9, 9, 3), level)]).own
         assert not torch.allclose(other, nothing[0], atol=1e-2)
 
 
 def test_tokens_of_several_subjects_and_of_views_of_one(vision: Any) -> None:
     resampler = Resampler.from_tensors(random_resampler(output=24))
     with torch.inference_mode():
-        each, one = (subject.encode_subject(vision, subjects(), is_one=is_one) for is_one in (False, True))
+        states = subject.clip_states(vision, subjects())
+        each, one = (subject.Subject(states=states, latents=None, is_one=is_one) for is_one in (False, True))
         (own, nothing), (views, same) = each.tokens(resampler), one.tokens(resampler)
     assert own.shape == (2, 4, 24) and views.shape == (1, 8, 24) and nothing.shape == (1, 4, 24)
     assert torch.equal(views[0], own.flatten(0, 1)) and torch.equal(nothing, same)
-    assert torch.allclose(own[1], resampler(each.states[1:])[0], atol=1e-5)
+    assert torch.allclose(own[1], resampler(states.own[1:])[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1024, 1664], ids=["ViT-L", "bigG"])
 def test_another_vision_model_gets_one_sentence(width: int) -> None:
     said = rf"^Encode Subject was given a vision model of width {width} \(clip_vision_model\), and needs CLIP ViT-H.*https://"
     with pytest.raises(ValueError, match=said):
-        subject.encode_subject(small_vision(width), subjects(), is_one=True)
+        subject.clip_states(small_vision(width), subjects())
+
+
+def test_what_was_not_encoded_gets_one_sentence() -> None:
+    blind = subject.Subject(states=None, latents=None, is_one=True)
+    with pytest.raises(ValueError, match=r"^Assign .* Load CLIP Vision .*https://.*models/clip_vision\.$"):
+        blind.tokens(Resampler.from_tensors(random_resampler(output=24)))
+    with pytest.raises(ValueError, match=r"^Refine .* VAE to Encode Subject\.$"):
+        blind.branch_latents()

@@ -1,0 +1,279 @@
+"""Refine: the decoder's self-attention reads, besides the picture, what a reference branch sees of a subject.
+
+LAR-Gen, section 3.3, and the released code. At each noise level the subject's latent, noised afresh to that level for the
+positive and for the negative prompts, goes through a branch; in each self-attention of the branch's decoder its input
+n' = norm1(x) is stored, and the UNet's self-attention of the same block takes queries from its own n, and keys and values from
+[n ; n'], with its own weights.
+
+The branch here is the UNet itself, untrained for it: what LAR-Gen's training starts from. It reads the same text as the rows that
+it is for, and an inpainting UNet is told that nothing of the subject is hole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from ..core.autograd import as_ordinary
+from ..core.call_rows import PromptRows
+from ..core.protocol import Method, MethodRun, UNetCall
+from ..core.sampling_run import SamplingRun
+from ..core.unet_attention import Place, add_patch, attention, require_unet
+
+Features = dict[Place, torch.Tensor]
+"""What a branch has stored, [rows, tokens, channels] by transformer block."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Refine(Method):
+    """Settings. `strength` mixes the attention without the subject (0) and with it (1, as released).
+
+    latents: [S, 4, h, w] of the subject, as a VAE gives them.
+    is_one: they are views of one subject, which are read together; else one subject for all pictures or one for each.
+    reuse: a branch's features are used for so many noise levels; more than 1 is an approximation.
+    mask: [B, 1, H, W], 1 = where the subject is read; everywhere without one, as released.
+    """
+
+    name: ClassVar = "Refine"
+    order: ClassVar = 150
+
+    latents: torch.Tensor
+    is_one: bool
+    reuse: int = 1
+
+    def check(self, model: object) -> None:
+        unet = require_unet(model, self.name)
+        if unet.in_channels not in (4, 9):
+            raise ValueError(
+                f"{self.name} works with plain and inpainting checkpoints, whose UNet has 4 or 9 input channels; this one has "
+                f"{unet.in_channels}."
+            )
+        if (given := self.latents.shape[1]) != unet.out_channels:
+            raise ValueError(
+                f"{self.name} was given a subject's latent of {given} channels, and this MODEL's have {unet.out_channels}: "
+                "encode the subject with the checkpoint's own VAE."
+            )
+
+    def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
+        if not self.is_one and len(self.latents) not in (1, run.batch):
+            raise ValueError(
+                f"{self.name} was given {len(self.latents)} subjects for {run.batch} pictures: give one for all, or one for each."
+            )
+        return RefineRun(self, run, None if self.mask is None else hole)
+
+
+class RefineRun(MethodRun):
+    """Refine in one run. `region` [B, 1, h, w] is where the subject is read; None is everywhere."""
+
+    def __init__(self, settings: Refine, run: SamplingRun, region: torch.Tensor | None) -> None:
+        self._settings = settings
+        self._run = run
+        self._region = region
+        self._levels: list[float] = []
+        self._known: dict[tuple[bool, int, torch.device], _Known] = {}
+        """By role, and by number among the prompts of that role in a call."""
+
+    def edit(self, call: UNetCall) -> AbstractContextManager[None]:
+        """Runs the branch, and lets the call's self-attentions read what it has stored."""
+        if not self._levels or self._levels[-1] != call.sigma:
+            self._levels.append(call.sigma)
+        # Ordinary tensors, not inference ones: RASG's backward pass goes through them.
+        with torch.inference_mode(False), torch.no_grad():
+            of_groups = [self._features(call, number) for number in range(len(call.rows))]
+        stored = {place: torch.cat([features[place] for features in of_groups]) for place in of_groups[0]}
+        _Reading(call, stored, self._settings.strength, self._region).install()
+        return nullcontext()
+
+    def _features(self, call: UNetCall, number: int) -> Features:
+        """What a group of the call's rows reads: [B, tokens, channels] by block."""
+        rows, batch = call.rows[number], self._run.batch
+        here = slice(number * batch, (number + 1) * batch)
+        text = _Text(call.context[here], None if call.y is None else call.y[here]).without_repeats()
+        before = sum(other.conditional == rows.conditional for other in call.rows[:number])
+        key = (rows.conditional, before, call.x.device)
+        known, level = self._known.get(key), len(self._levels)
+        if known is None or level >= known.level + self._settings.reuse or not known.text.equals(text):
+            found = self._looked_at(call, rows, text)
+            self._known[key] = known = _Known(level, text, found)
+        return {place: features.expand(batch, -1, -1) for place, features in known.features.items()}
+
+    def _looked_at(self, call: UNetCall, rows: PromptRows, text: _Text) -> Features:
+        """A pass of the branch: features [1 or B, tokens, channels]."""
+        latents = self._run.model.process_latent_in(as_ordinary(self._settings.latents))
+        noise = reference_noise(self._run.seed, call.sigma, rows.conditional, latents.shape).to(latents)
+        views, texts = len(latents), len(text.context)
+        if self._settings.is_one:
+            latents, noise = (of.repeat(texts, 1, 1, 1) for of in (latents, noise))
+            text = text.repeated(views)
+        else:
+            count = max(views, texts)
+            latents, noise = (of.expand(count, -1, -1, -1) for of in (latents, noise))
+            text = text.expanded(count)
+        features = self._stored(call, latents.to(call.x.device), noise.to(call.x.device), text)
+        if not self._settings.is_one:
+            return features
+        return {place: of.reshape(texts, -1, of.shape[2]) for place, of in features.items()}
+
+    def _stored(self, call: UNetCall, latents: torch.Tensor, noise: torch.Tensor, text: _Text) -> Features:
+        sampling = self._run.model.model_sampling
+        sigma = torch.full((len(latents),), call.sigma, device=latents.device, dtype=torch.float32)
+        x = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, latents))
+        if call.unet.in_channels == 9:
+            x = torch.cat((x, torch.zeros_like(x[:, :1]), latents), dim=1)
+        timesteps = as_ordinary(call.timesteps)[:1].expand(len(x))
+        return decoder_inputs(call, x.to(call.x.dtype), timesteps, text.context, text.y)
+
+
+def decoder_inputs(
+    call: UNetCall, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None
+) -> Features:
+    """A pass of the call's UNet, which ends at the last self-attention of its decoder: their inputs n'."""
+    places = [t.place for t in call.places if _reads(t)]
+    found: Features = {}
+
+    def store(
+        n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        place: Place = (*extra_options["block"], extra_options["block_index"])
+        if place in places:
+            found[place] = n
+            if len(found) == len(places):
+                raise _AllStored
+        return n, context, value
+
+    try:
+        call.unet(x, timesteps, context, y, None, {"patches": {"attn1_patch": [store]}})
+    except _AllStored:
+        pass
+    return found
+
+
+class _AllStored(Exception):
+    """Ends a pass of a branch: what follows is read by nobody."""
+
+
+def _reads(t: Any) -> bool:
+    return t.place[0] == "output" and not t.module.disable_self_attn
+
+
+def reference_noise(seed: int, sigma: float, conditional: bool, shape: Sequence[int]) -> torch.Tensor:
+    """The branch's noise at a noise level; for the positive prompts and for the negative ones a different one.
+
+    It depends on nothing else, so that how the host batches prompts, and how often it asks, changes nothing.
+    """
+    what = f"{seed} {sigma!r} {'positive' if conditional else 'negative'}"
+    number = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big")
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(number))
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """What the branch's rows read: context [rows, tokens, channels], and SDXL's y [rows, channels]."""
+
+    context: torch.Tensor
+    y: torch.Tensor | None
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> _Text:
+        return _Text(change(as_ordinary(self.context)), None if self.y is None else change(as_ordinary(self.y)))
+
+    def without_repeats(self) -> _Text:
+        """One row, where all rows are equal, as they are in a batch with one prompt."""
+        same = all(torch.equal(of, of[:1].expand_as(of)) for of in (self.context, self.y) if of is not None)
+        return self._each(lambda of: of[:1] if same else of)
+
+    def repeated(self, times: int) -> _Text:
+        """Each row so many times, one after the other."""
+        return self._each(lambda of: of.repeat_interleave(times, dim=0))
+
+    def expanded(self, count: int) -> _Text:
+        return self._each(lambda of: of.expand(count, *of.shape[1:]))
+
+    def equals(self, other: _Text) -> bool:
+        return _equal(self.context, other.context) and _equal(self.y, other.y)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """The features of a role's last pass: at which of the run's noise levels, and for which text."""
+
+    level: int
+    text: _Text
+    features: Features
+
+
+class _Reading:
+    """The patches by which the self-attentions of a call read stored features."""
+
+    def __init__(self, call: UNetCall, stored: Features, strength: float, region: torch.Tensor | None) -> None:
+        self._call = call
+        self._stored = stored
+        self._strength = strength
+        self._region = region
+        self._begin: dict[Place, int] = {}
+        """Where in the keys the stored ones begin; other packs' may lie before and behind."""
+
+    def install(self) -> None:
+        options = self._call.options
+        add_patch(options, "attn1_patch", self._append)
+        if self._strength == 1.0 and self._region is None:
+            return
+        replace = dict(options.get("patches_replace", {}))
+        attn1 = dict(replace.get("attn1", {}))
+        for place in self._stored:
+            attn1[place] = self._mixed(place, attn1.get(place, attn1.get(place[:2])) or attention)
+        replace["attn1"] = attn1
+        options["patches_replace"] = replace
+
+    def _append(
+        self, n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        place: Place = (*extra_options["block"], extra_options["block_index"])
+        stored = self._stored.get(place)
+        if stored is None:
+            return n, context, value
+        if len(context) != len(stored):
+            raise ValueError(
+                f"Refine expected {len(stored)} rows in self-attention and found {len(context)}: another node cuts the picture "
+                "into tiles; take it or Refine out."
+            )
+        self._begin[place] = context.shape[1]
+        return n, torch.cat((context, stored.to(context)), dim=1), torch.cat((value, stored.to(value)), dim=1)
+
+    def _mixed(self, place: Place, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def mixed(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any], **kwargs: Any
+        ) -> torch.Tensor:
+            begin, count = self._begin[place], self._stored[place].shape[1]
+            alone = (torch.cat((of[:, :begin], of[:, begin + count :]), dim=1) for of in (k, v))
+            without = attend(q, *alone, extra_options, **kwargs)
+            read = attend(q, k, v, extra_options, **kwargs)
+            return without + self._weights(extra_options, q) * (read - without)
+
+        return mixed
+
+    def _weights(self, extra_options: dict[str, Any], like: torch.Tensor) -> torch.Tensor | float:
+        """How much each pixel of the rows reads the subject, [rows, pixels, 1]."""
+        if self._region is None:
+            return self._strength
+        grid = tuple(extra_options["activations_shape"][-2:])
+        with torch.inference_mode(False):
+            parts = [F.adaptive_avg_pool2d(rows.cut(as_ordinary(self._region)), grid) for rows in self._call.rows]
+            weights = self._strength * torch.cat(parts).flatten(2).transpose(1, 2)
+        if weights.shape[1] != like.shape[1]:
+            raise ValueError(
+                f"Refine expected {weights.shape[1]} pixels in self-attention and found {like.shape[1]}: another node merges or "
+                "cuts them; take it or the mask of Refine out."
+            )
+        return weights.to(like)
