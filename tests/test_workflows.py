@@ -31,6 +31,8 @@ LOADERS = {
     "TrueFillLoadDetector": "grounding-dino",
     "ControlNetLoader": "controlnet",
     "LoraLoader": "loras",
+    "CLIPVisionLoader": "clip_vision",
+    "TrueFillLoadSubjectAdapter": "ipadapter",
 }
 SHIPPED = "demo"
 

@@ -44,10 +44,10 @@ class Subject:
     is_one: bool
 
     def tokens(self, resampler: Resampler) -> tuple[torch.Tensor, torch.Tensor]:
-        """The subjects' tokens [S, n, width], for views of one side by side, [1, S n, width]; and nothing's, [1, n, width].
+        """The subjects' tokens [S, n, width], for views of one side by side, [1, S n, width]; and as many of nothing.
 
-        These need no repeating: attention to all of them several times is the same. Raises ValueError, in one sentence, for a
-        subject that CLIP has not seen.
+        Nothing's are repeated for views, to which attention is the same. Raises ValueError, in one sentence, for a subject that
+        CLIP has not seen.
         """
         states = self.states
         if states is None:
@@ -59,7 +59,9 @@ class Subject:
         resampler = resampler.to(device)
         with torch.no_grad():
             own, nothing = (resampler(of.to(device, torch.float32)) for of in (states.own, states.nothing))
-        return (own.flatten(0, 1)[None] if self.is_one else own), nothing
+        if not self.is_one:
+            return own, nothing
+        return own.flatten(0, 1)[None], nothing.repeat(1, len(own), 1)
 
     def branch_latents(self) -> torch.Tensor:
         """`latents`. Raises ValueError, in one sentence, where there are none."""

@@ -94,7 +94,8 @@ def test_tokens_of_several_subjects_and_of_views_of_one(vision: Any) -> None:
         each, one = (subject.Subject(states=states, latents=None, is_one=is_one) for is_one in (False, True))
         (own, nothing), (views, same) = each.tokens(resampler), one.tokens(resampler)
     assert own.shape == (2, 4, 24) and views.shape == (1, 8, 24) and nothing.shape == (1, 4, 24)
-    assert torch.equal(views[0], own.flatten(0, 1)) and torch.equal(nothing, same)
+    assert same.shape == views.shape
+    assert torch.equal(views[0], own.flatten(0, 1)) and torch.equal(nothing.repeat(1, 2, 1), same)
     assert torch.allclose(own[1], resampler(states.own[1:])[0], atol=1e-5)
 
 

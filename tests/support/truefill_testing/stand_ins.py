@@ -26,6 +26,8 @@ SHORT_PILOT = {"preset": "text", "interval": 2, "iterations": 1}
 """Settings of PILOT's nodes with which two steps take three passes."""
 SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
 """A pack for the server: without it the host would wait for layers that the file does not have."""
+SMALL_CLIP_H = ROOT / "tests" / "support" / "small_clip_h"
+"""Likewise."""
 
 
 def _write_detector(path: Path) -> None:
@@ -60,7 +62,28 @@ def _write_lora(path: Path) -> None:
     write_lora(path)
 
 
+def _write_vision(path: Path) -> None:
+    from truefill_testing.subject_weights import write_vision
+
+    write_vision(path)
+
+
+def _write_adapter_sd15(path: Path) -> None:
+    from truefill_testing.subject_weights import write_adapter
+
+    write_adapter(path, checkpoint("sd15", inpainting=True))
+
+
+def _write_adapter_sdxl(path: Path) -> None:
+    from truefill_testing.subject_weights import write_adapter
+
+    write_adapter(path, checkpoint("sdxl", inpainting=False))
+
+
 _WRITTEN = {
+    "clip_vision/model.safetensors": _write_vision,
+    "ipadapter/ip-adapter-plus_sd15.safetensors": _write_adapter_sd15,
+    "ipadapter/ip-adapter-plus_sdxl_vit-h.safetensors": _write_adapter_sdxl,
     "controlnet/control_v11p_sd15_canny_fp16.safetensors": _write_controlnet,
     "loras/papercut.safetensors": _write_lora,
     "checkpoints/sam3.1_multiplex_fp16.safetensors": _write_sam3,

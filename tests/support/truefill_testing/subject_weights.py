@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+_TO_K = re.compile(
+    r"model\.diffusion_model\.(\w+)_blocks?\.(\d+)\.(?:1\.)?transformer_blocks\.(\d+)\.attn2\.to_k\.weight"
+)
 
 
 def random_resampler(
@@ -55,3 +63,53 @@ def random_projections(
         pair = [torch.randn(inner, width, generator=generator) / width**0.5 for _ in range(2)]
         made.append((1.5 * pair[0].to(dtype), pair[1].to(dtype)))
     return made
+
+
+def write_adapter(path: Path, checkpoint: Path) -> None:
+    """An IP-Adapter-Plus file for a checkpoint's UNet, its numbers in the order of diffusers: down, up, middle."""
+    found = {}
+    with safe_open(checkpoint, framework="pt") as file:
+        for key in file.keys():
+            if match := _TO_K.fullmatch(key):
+                part, block, depth = match.groups()
+                found["input output middle".split().index(part), int(block), int(depth)] = file.get_slice(
+                    key
+                ).get_shape()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"image_proj.{name}": tensor for name, tensor in random_resampler(output=next(iter(found.values()))[1]).items()
+    }
+    for number, place in enumerate(sorted(found)):
+        inner, width = found[place]
+        for kind in "kv":
+            tensors[f"ip_adapter.{2 * number + 1}.to_{kind}_ip.weight"] = (
+                torch.randn(inner, width, generator=generator) / width**0.5
+            )
+    save_file(tensors, path)
+
+
+def write_vision(path: Path) -> None:
+    """CLIP ViT-H as tests/support/small_clip_h makes it; the host knows it by a layer that is left over."""
+    width, hidden, tokens = 1280, 64, (224 // 56) ** 2 + 1
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {
+        "vision_model.embeddings.class_embedding": matrix(width),
+        "vision_model.embeddings.patch_embedding.weight": matrix(width, 3, 56, 56) / 56,
+        "vision_model.embeddings.position_embedding.weight": matrix(tokens, width),
+        "visual_projection.weight": matrix(1024, width),
+        "vision_model.encoder.layers.30.layer_norm1.weight": torch.ones(width),
+    }
+    norms = ["vision_model.pre_layrnorm", "vision_model.post_layernorm"]
+    for layer in range(3):
+        name = f"vision_model.encoder.layers.{layer}"
+        norms += [f"{name}.layer_norm1", f"{name}.layer_norm2"]
+        sizes = {f"self_attn.{of}_proj": (width, width) for of in ("q", "k", "v", "out")}
+        for part, size in {**sizes, "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}.items():
+            tensors |= {f"{name}.{part}.weight": matrix(*size), f"{name}.{part}.bias": torch.zeros(size[0])}
+    for name in norms:
+        tensors |= {f"{name}.weight": torch.ones(width), f"{name}.bias": torch.zeros(width)}
+    save_file(tensors, path)
