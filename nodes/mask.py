@@ -23,7 +23,9 @@ class TrueFillExamplePhoto(io.ComfyNode):
             inputs=[io.Combo.Input("photo", options=list(EXAMPLES), tooltip="Which picture.")],
             outputs=[
                 io.Image.Output(tooltip="The picture."),
-                io.Mask.Output(tooltip="Its hole: 1 where the picture shall change."),
+                io.Mask.Output(
+                    tooltip="Its hole: 1 where the picture shall change. Of coffee cup, a subject, where the cup is."
+                ),
             ],
         )
 

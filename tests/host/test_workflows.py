@@ -138,9 +138,6 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
         sampler["steps"] = 2 // len(samplers)
     for scale in every(graph, "ImageScaleToTotalPixels"):
         scale["megapixels"] = 0.12
-    for node in graph.values():
-        if node["class_type"] == "LoadImage":
-            node |= {"class_type": "TrueFillExamplePhoto", "inputs": {"photo": "coffee"}}
     for subject in every(graph, "TrueFillEncodeSubject"):
         subject["size"] = 128
     if every(graph, "TrueFillSegment"):
