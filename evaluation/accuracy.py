@@ -147,7 +147,7 @@ def _methods_of(model: str, etas: list[float]) -> list[Method]:
     ]
     searches = [
         *(Method(model, searched=steps) for steps in (1, 2, 5, 10, 20)),
-        *(Method(model, searched=steps, rate=rate) for steps in (1, 2) for rate in (0.025, 0.05, 0.2, 0.4)),
+        *(Method(model, searched=steps, rate=rate) for steps in (1, 2) for rate in (0.05, 0.1, 0.4)),
         Method(model, searched=1, boundary=True),
         Method(model, searched=1, candidates=4),
         *(Method(model, searched=1, painta=painta, eta=eta) for painta in (False, True) for eta in etas),

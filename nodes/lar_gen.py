@@ -2,12 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 from comfy_api.latest import io
 
 from ..imaging.masks import log_noise
 from ..imaging.subject import cut_out
 from ..model_patches.core.sampling_run import with_method
 from ..model_patches.core.unet_attention import require_unet, transformer_places
+from ..model_patches.lar_gen.branch import Branch, branch_from_tensors
+from ..model_patches.lar_gen.checkpoint import load_checkpoint
 from ..model_patches.lar_gen.decoupled_attention import Assign
 from ..model_patches.lar_gen.reference import Refine
 from ..model_patches.lar_gen.resampler import Resampler
@@ -21,6 +24,8 @@ ADAPTERS = ModelFiles(
     ("ipadapter",), "IP-Adapter-Plus (ViT-H)", lar_gen.WHERE_TO_GET, suffixes=(*SUFFIXES, ".bin", ".ckpt")
 )
 EXAMPLE = "ip-adapter-plus_sd15.safetensors"
+CHECKPOINTS = ModelFiles(("lar-gen",), "LAR-Gen", lar_gen.RELEASE)
+CHECKPOINT = "largen_ckpt_s22k.pth"
 
 ONE = "views of one subject"
 EACH = "a subject for each picture"
@@ -30,10 +35,24 @@ AdapterType = io.Custom("SUBJECT_ADAPTER")
 
 
 class Adapter(NamedTuple):
-    """What a file teaches a UNet: tokens from CLIP's states, and to read them."""
+    """What a file teaches a UNet: tokens from CLIP's states, to read them, and maybe a reference network."""
 
     resampler: Resampler
     weights: lar_gen.SubjectWeights
+    branch: Branch | None
+
+    @staticmethod
+    def of(weights: lar_gen.SubjectWeights, name: str, pooled: torch.Tensor | None = None) -> "Adapter":
+        """Raises ValueError, in one sentence, where the file `name` is incomplete. `pooled` is as in `Branch`."""
+        try:
+            resampler = Resampler.from_tensors(weights.resampler)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{name} is an incomplete or changed file (its resampler: {error}): download it again, or take "
+                f"{lar_gen.WHERE_TO_GET}."
+            ) from error
+        branch = branch_from_tensors(weights.branch, weights.detail, pooled, name) if weights.branch else None
+        return Adapter(resampler, weights, branch)
 
 
 class TrueFillLoadSubjectAdapter(io.ComfyNode):
@@ -63,15 +82,45 @@ class TrueFillLoadSubjectAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapter: str) -> io.NodeOutput:
-        weights = lar_gen.read_subject_weights(ADAPTERS.path(adapter))
-        try:
-            resampler = Resampler.from_tensors(weights.resampler)
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"{adapter} is an incomplete or changed file (its resampler: {error}): download it again, or take "
-                f"{lar_gen.WHERE_TO_GET}."
-            ) from error
-        return io.NodeOutput(Adapter(resampler, weights))
+        return io.NodeOutput(Adapter.of(lar_gen.read_subject_weights(ADAPTERS.path(adapter)), adapter))
+
+
+class TrueFillLoadLARGen(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillLoadLARGen",
+            display_name="Load LAR-Gen (TrueFill)",
+            category="TrueFill/0 load",
+            description="Loads LAR-Gen's checkpoint, an SDXL inpainting model that has learned to read a subject, with all that "
+            "it brings: text encoders, VAE, CLIP ViT-H, and what Assign and Refine read.",
+            search_aliases=["lar-gen", "largen", "scepter", "subject inpainting", "load checkpoint"],
+            inputs=[
+                io.Combo.Input(
+                    "checkpoint",
+                    options=CHECKPOINTS.names(),
+                    default=next(iter(CHECKPOINTS.names()), CHECKPOINT),
+                    tooltip="The file, in models/lar-gen. Of one in three files any of them, with the others beside it.",
+                )
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model: SDXL, 9 input channels."),
+                io.Clip.Output(tooltip="Its text encoders."),
+                io.Vae.Output(tooltip="Its autoencoder."),
+                io.ClipVision.Output(tooltip="CLIP ViT-H, for Encode Subject."),
+                AdapterType.Output(display_name="SUBJECT_ADAPTER", tooltip="The weights, for Assign and Refine."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        return CHECKPOINTS.check(checkpoint)
+
+    @classmethod
+    def execute(cls, checkpoint: str) -> io.NodeOutput:
+        parts = lar_gen.read_checkpoint(CHECKPOINTS.path(checkpoint))
+        *loaded, pooled = load_checkpoint(parts.base, parts.vision, checkpoint)
+        return io.NodeOutput(*loaded, Adapter.of(parts.subject, checkpoint, pooled))
 
 
 class TrueFillEncodeSubject(io.ComfyNode):
@@ -264,6 +313,12 @@ class TrueFillRefine(io.ComfyNode):
                     tooltip="Looks at the subject once in so many steps, and uses that in the others. Faster, not exact.",
                 ),
                 _region_input(),
+                AdapterType.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="Weights that have a trained reference network, which then looks at the subject. Without one, or "
+                    "with others, the model itself does.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The model, which looks at the subject.")],
         )
@@ -278,9 +333,11 @@ class TrueFillRefine(io.ComfyNode):
         end_percent: float,
         reuse: int,
         mask: io.Mask.Type | None = None,
+        adapter: Adapter | None = None,
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
         log_noise("Refine", mask=mask)
+        branch = None if adapter is None else adapter.branch
         settings = Refine(
             strength=strength,
             start_percent=start_percent,
@@ -289,6 +346,8 @@ class TrueFillRefine(io.ComfyNode):
             latents=subject.branch_latents(),
             is_one=subject.is_one,
             reuse=reuse,
+            branch=branch,
+            details=None if branch is None else subject.branch_details(),
         )
         return io.NodeOutput(with_method(model, settings))
 

@@ -2,7 +2,8 @@
 
 IP-Adapter-Plus: `image_proj.*` is the resampler, `ip_adapter.N.to_k_ip.weight` and `.to_v_ip.weight` the projections, numbered as
 diffusers lists a UNet's cross-attentions: down, up, and the middle last. LAR-Gen: the projections have their blocks' names in
-the UNet, the resampler is `image_proj_model` in the conditioner, beside `patch_projector`, the detail projection of Refine.
+the UNet, the resampler is `image_proj_model` in the conditioner, beside `patch_projector`, the detail projection of Refine, and
+`image_encoder`, CLIP ViT-H. A trained reference network has the UNet's names with `ref_` before them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from .files import read_tensors
 
 WHERE_TO_GET = "https://huggingface.co/h94/IP-Adapter/resolve/main/models/ip-adapter-plus_sd15.safetensors"
 
+RELEASE = "https://github.com/modelscope/scepter"
+"""Where LAR-Gen was published."""
+
 CLIP_WIDTH = 1280
 """Of CLIP ViT-H's states."""
 
@@ -28,6 +32,7 @@ _NUMBERED = re.compile(r"ip_adapter\.(\d+)\.to_([kv])_ip\.weight")
 _NAMED = re.compile(
     r"(?:.*\.)?(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.1\.transformer_blocks\.(\d+)\.attn2\.to_([kv])_ip\.weight"
 )
+_BRANCH = re.compile(r"(?:.*\.)?ref_((?:time_embed|label_emb|input_blocks|middle_block|output_blocks)\..*)")
 # What another file holds, and what to say of it.
 _OTHERS = (
     ("perceiver_resampler", "an IP-Adapter FaceID file"),
@@ -46,12 +51,14 @@ class SubjectWeights:
     numbered: to_k_ip and to_v_ip in the order of a numbered file; empty where blocks are named.
     named: the same by block.
     detail: weight and bias of Refine's projection of CLIP's states, where the file has it.
+    branch: Refine's reference network by the names of the host's UNet, where the file has it.
     """
 
     resampler: Mapping[str, torch.Tensor]
     numbered: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     named: Mapping[Place, tuple[torch.Tensor, torch.Tensor]]
     detail: Mapping[str, torch.Tensor]
+    branch: Mapping[str, torch.Tensor]
 
     def by_place(self, places: Sequence[Place]) -> dict[Place, tuple[torch.Tensor, torch.Tensor]]:
         """The projections by block of a UNet, whose cross-attentions are `places` in the order of a forward pass."""
@@ -96,7 +103,18 @@ def subject_weights(state: Mapping[str, torch.Tensor], name: str) -> SubjectWeig
         numbered=[(numbered[key]["k"], numbered[key]["v"]) for key in sorted(numbered, key=lambda key: key[1])],
         named={place: (pair["k"], pair["v"]) for place, pair in named.items()},
         detail=_below("patch_projector", state),
+        branch=_branch(state),
     )
+
+
+def _branch(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {}
+    for key, tensor in state.items():
+        match = _BRANCH.fullmatch(key)
+        # Its copies of the subject's projections are never read.
+        if match and "_ip." not in key:
+            found[match[1]] = tensor
+    return found
 
 
 def _projections(pattern: re.Pattern[str], state: Mapping[str, torch.Tensor]) -> dict[Place, dict[str, torch.Tensor]]:
@@ -128,4 +146,70 @@ def _wrong(name: str, what: str) -> str:
     return (
         f"{name} is {what}, but IP-Adapter-Plus weights for ViT-H (SD1.5 or SDXL) or LAR-Gen's are needed, such as "
         f"ip-adapter-plus_sd15.safetensors in models/ipadapter: {WHERE_TO_GET}."
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Checkpoint:
+    """LAR-Gen's checkpoint, taken apart.
+
+    base: UNet, text encoders and VAE by the names of an SDXL checkpoint.
+    vision: CLIP ViT-H by transformers' names.
+    subject: what Assign and Refine read.
+    """
+
+    base: dict[str, torch.Tensor]
+    vision: dict[str, torch.Tensor]
+    subject: SubjectWeights
+
+
+_FILES = ("diffusion_model.pth", "cond_stage_model.pth", "first_stage_model.pth")
+"""How the parts of a checkpoint in three files are called."""
+# A tensor by which a part is found, wherever it lies; what of it is taken; and how an SDXL checkpoint calls it.
+_PARTS = (
+    ("input_blocks.0.0.weight", re.compile(r"(?!ref_)(?!.*_ip\.).*"), "model.diffusion_model."),
+    ("encoder.conv_in.weight", re.compile(r".*"), "first_stage_model."),
+    ("embedders.0.transformer.text_model.final_layer_norm.weight", re.compile(r"embedders\.[01]\..*"), "conditioner."),
+)
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """LAR-Gen's checkpoint: one file, with or without a key around all of it, or three in one folder, of which `path` is one.
+
+    Raises ValueError, one sentence, for a file that can't be read or is of another kind, and FileNotFoundError where one of three
+    files is missing.
+    """
+    path = Path(path)
+    files = [path.with_name(name) for name in _FILES] if path.name in _FILES else [path]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{path.name} is one of three files, and {missing[0]} is not beside it in {path.parent}."
+        )
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state |= {f"{file.stem}.{key}": tensor for key, tensor in read_tensors(file, RELEASE, nested=True).items()}
+    return take_apart(state, path.name)
+
+
+def take_apart(state: Mapping[str, torch.Tensor], name: str) -> Checkpoint:
+    """The parts of a checkpoint's tensors. Raises ValueError that begins with the file's `name`."""
+    base = {}
+    for known, taken, usual in _PARTS:
+        before = next((key.removesuffix(known) for key in state if f".{key}".endswith(f".{known}")), None)
+        if before is None:
+            raise ValueError(_no_checkpoint(name))
+        for key, tensor in state.items():
+            part = key.removeprefix(before)
+            if key.startswith(before) and taken.fullmatch(part):
+                base[usual + part] = tensor
+    vision = _below("image_encoder", state)
+    if not vision:
+        raise ValueError(_no_checkpoint(name))
+    return Checkpoint(base=base, vision=vision, subject=subject_weights(state, name))
+
+
+def _no_checkpoint(name: str) -> str:
+    return (
+        f"{name} is not LAR-Gen's checkpoint, which has a UNet, a VAE, text encoders and CLIP ViT-H in one: take Load "
+        f"Checkpoint, Load CLIP Vision and Load Subject Adapter for it, or LAR-Gen's file, which {RELEASE} links."
     )

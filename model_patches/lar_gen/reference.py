@@ -5,26 +5,36 @@ positive and for the negative prompts, goes through a branch; in each self-atten
 n' = norm1(x) is stored, and the UNet's self-attention of the same block takes queries from its own n, and keys and values from
 [n ; n'], with its own weights.
 
-The branch here is the UNet itself, untrained for it: what LAR-Gen's training starts from. It reads the same text as the rows that
-it is for, and an inpainting UNet is told that nothing of the subject is hole.
+The branch is a trained reference network (`branch.Branch`), or the UNet itself, untrained for it: what LAR-Gen's training
+starts from. The UNet itself reads the same text as the rows that it is for, and an inpainting one is told that nothing of the
+subject is hole.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 
 from ..core.autograd import as_ordinary
 from ..core.call_rows import PromptRows
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
-from ..core.unet_attention import Place, add_patch, attention, require_unet
+from ..core.unet_attention import (
+    Place,
+    TransformerPlace,
+    add_patch,
+    attention,
+    require_unet,
+    transformer_places,
+)
+from .branch import Branch
 
 Features = dict[Place, torch.Tensor]
 """What a branch has stored, [rows, tokens, channels] by transformer block."""
@@ -37,6 +47,8 @@ class Refine(Method):
     latents: [S, 4, h, w] of the subject, as a VAE gives them.
     is_one: they are views of one subject, which are read together; else one subject for all pictures or one for each.
     reuse: a branch's features are used for so many noise levels; more than 1 is an approximation.
+    branch: a trained reference network; None is the UNet itself.
+    details: CLIP's last states of the subject, [S, tokens, 1280], which a trained one reads.
     mask: [B, 1, H, W], 1 = where the subject is read; everywhere without one, as released.
     """
 
@@ -46,6 +58,11 @@ class Refine(Method):
     latents: torch.Tensor
     is_one: bool
     reuse: int = 1
+    branch: Branch | None = None
+    details: torch.Tensor | None = None
+
+    def models(self) -> Sequence[ModelPatcher]:
+        return () if self.branch is None else (self.branch.model,)
 
     def check(self, model: object) -> None:
         unet = require_unet(model, self.name)
@@ -58,6 +75,22 @@ class Refine(Method):
             raise ValueError(
                 f"{self.name} was given a subject's latent of {given} channels, and this MODEL's have {unet.out_channels}: "
                 "encode the subject with the checkpoint's own VAE."
+            )
+        if self.branch is not None:
+            self._check_branch(self.branch, unet)
+
+    def _check_branch(self, branch: Branch, unet: Any) -> None:
+        own = branch.model.model.diffusion_model
+        plans = [{t.place: t.module.norm1.weight.shape for t in _read_places(of)} for of in (own, unet)]
+        widths = {t.cross.to_k.weight.shape[1] for t in transformer_places(own)}
+        if plans[0] != plans[1] or widths != {branch.weight.shape[0]}:
+            raise ValueError(
+                f"{self.name}'s reference network and this MODEL have other blocks: load weights and a checkpoint of one family."
+            )
+        if own.num_classes is not None and branch.pooled is None:
+            raise ValueError(
+                f"{self.name}'s reference network is SDXL's, and has to be told what an empty prompt is: load it by Load "
+                "LAR-Gen, whose CLIP says so."
             )
 
     def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
@@ -106,35 +139,64 @@ class RefineRun(MethodRun):
     def _looked_at(self, call: UNetCall, rows: PromptRows, text: _Text) -> Features:
         """A pass of the branch: features [1 or B, tokens, channels]."""
         latents = self._run.model.process_latent_in(as_ordinary(self._settings.latents))
-        noise = reference_noise(self._run.seed, call.sigma, rows.conditional, latents.shape).to(latents)
-        views, texts = len(latents), len(text.context)
-        if self._settings.is_one:
-            latents, noise = (of.repeat(texts, 1, 1, 1) for of in (latents, noise))
-            text = text.repeated(views)
+        noise = reference_noise(self._run.seed, call.sigma, rows.conditional, latents.shape)
+        latents, noise = (of.to(call.x.device, torch.float32) for of in (latents, noise))
+        if self._settings.branch is not None:
+            features = self._by_branch(call, self._settings.branch, latents, noise, text)
+            groups = 1 if self._settings.is_one else len(latents)
         else:
-            count = max(views, texts)
-            latents, noise = (of.expand(count, -1, -1, -1) for of in (latents, noise))
-            text = text.expanded(count)
-        features = self._stored(call, latents.to(call.x.device), noise.to(call.x.device), text)
-        if not self._settings.is_one:
-            return features
-        return {place: of.reshape(texts, -1, of.shape[2]) for place, of in features.items()}
+            views, texts = len(latents), len(text.context)
+            groups = texts if self._settings.is_one else max(views, texts)
+            if self._settings.is_one:
+                latents, noise = (of.repeat(texts, 1, 1, 1) for of in (latents, noise))
+                text = text.repeated(views)
+            else:
+                latents, noise = (of.expand(groups, -1, -1, -1) for of in (latents, noise))
+                text = text.expanded(groups)
+            features = self._by_unet(call, latents, noise, text)
+        return {place: of.reshape(groups, -1, of.shape[2]) for place, of in features.items()}
 
-    def _stored(self, call: UNetCall, latents: torch.Tensor, noise: torch.Tensor, text: _Text) -> Features:
-        sampling = self._run.model.model_sampling
-        sigma = torch.full((len(latents),), call.sigma, device=latents.device, dtype=torch.float32)
-        x = sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, latents))
+    def _by_unet(self, call: UNetCall, latents: torch.Tensor, noise: torch.Tensor, text: _Text) -> Features:
+        x = self._noised(call, latents, noise)
         if call.unet.in_channels == 9:
             x = torch.cat((x, torch.zeros_like(x[:, :1]), latents), dim=1)
-        timesteps = as_ordinary(call.timesteps)[:1].expand(len(x))
-        return decoder_inputs(call, x.to(call.x.dtype), timesteps, text.context, text.y)
+        return decoder_inputs(call.unet, x.to(call.x.dtype), call.timesteps, text.context, text.y)
+
+    def _by_branch(
+        self, call: UNetCall, branch: Branch, latents: torch.Tensor, noise: torch.Tensor, text: _Text
+    ) -> Features:
+        (patcher,) = self._run.models(self._settings)
+        details = self._settings.details
+        assert details is not None
+        dtype, device = patcher.model.get_dtype_inference(), call.x.device
+        weight, bias, details = (
+            as_ordinary(of).to(device, torch.float32) for of in (branch.weight, branch.bias, details)
+        )
+        y = None
+        if text.y is not None and branch.pooled is not None:
+            # The sizes are those of the picture; they are the same for all of a batch.
+            pooled = as_ordinary(branch.pooled).to(text.y)
+            y = torch.cat((pooled, text.y[:1, pooled.shape[1] :]), dim=1).expand(len(latents), -1).to(dtype)
+        x = self._noised(call, latents, noise).to(dtype)
+        context = F.linear(details, weight, bias).to(dtype)
+        return decoder_inputs(patcher.model.diffusion_model, x, call.timesteps, context, y)
+
+    def _noised(self, call: UNetCall, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        sampling = self._run.model.model_sampling
+        sigma = torch.full((len(latents),), call.sigma, device=latents.device, dtype=torch.float32)
+        return sampling.calculate_input(sigma, sampling.noise_scaling(sigma, noise, latents))
+
+
+def _read_places(unet: Any) -> list[TransformerPlace]:
+    """The transformer blocks of a UNet's decoder that have a self-attention."""
+    return [t for t in transformer_places(unet) if t.place[0] == "output" and not t.module.disable_self_attn]
 
 
 def decoder_inputs(
-    call: UNetCall, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None
+    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None
 ) -> Features:
-    """A pass of the call's UNet, which ends at the last self-attention of its decoder: their inputs n'."""
-    places = [t.place for t in call.places if _reads(t)]
+    """A pass of a UNet up to the last self-attention of its decoder: their inputs n'. All rows have the first timestep."""
+    places = {t.place for t in _read_places(unet)}
     found: Features = {}
 
     def store(
@@ -147,19 +209,13 @@ def decoder_inputs(
                 raise _AllStored
         return n, context, value
 
-    try:
-        call.unet(x, timesteps, context, y, None, {"patches": {"attn1_patch": [store]}})
-    except _AllStored:
-        pass
+    with suppress(_AllStored):
+        unet(x, as_ordinary(timesteps)[:1].expand(len(x)), context, y, None, {"patches": {"attn1_patch": [store]}})
     return found
 
 
 class _AllStored(Exception):
     """Ends a pass of a branch: what follows is read by nobody."""
-
-
-def _reads(t: Any) -> bool:
-    return t.place[0] == "output" and not t.module.disable_self_attn
 
 
 def reference_noise(seed: int, sigma: float, conditional: bool, shape: Sequence[int]) -> torch.Tensor:

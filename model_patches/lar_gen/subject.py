@@ -63,6 +63,15 @@ class Subject:
             return own, nothing
         return own.flatten(0, 1)[None], nothing.repeat(1, len(own), 1)
 
+    def branch_details(self) -> torch.Tensor:
+        """What a trained reference network reads in the place of text. Raises ValueError where CLIP has not seen the subject."""
+        if self.states is None:
+            raise ValueError(
+                "Refine's reference network reads what CLIP sees of the subject, and this one was encoded without: connect Load "
+                f"CLIP Vision to Encode Subject, with CLIP ViT-H ({WHERE_TO_GET}) in models/clip_vision."
+            )
+        return self.states.details
+
     def branch_latents(self) -> torch.Tensor:
         """`latents`. Raises ValueError, in one sentence, where there are none."""
         if self.latents is None:

@@ -39,7 +39,7 @@ class NoiseSearch(Method):
     records_graph: ClassVar = True
 
     steps: int = 1
-    rate: float = 0.1
+    rate: float = 0.2
     grid: str = AUTO
     announce: Callable[[str], None] = logging.info
 

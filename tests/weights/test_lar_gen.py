@@ -157,3 +157,83 @@ def test_a_lonely_projection_and_a_damaged_file(tmp_path: Path) -> None:
     torch.save({"image_proj": {"latents": 3.0}}, tmp_path / "odd.bin")
     with pytest.raises(ValueError, match=r"^odd\.bin holds other things than weights"):
         lar_gen.read_subject_weights(tmp_path / "odd.bin")
+
+
+def whole_checkpoint(unet: str, conditioner: str, vae: str) -> dict[str, torch.Tensor]:
+    """A checkpoint with a reference network, each tensor marked by what it is."""
+    return {
+        **released_file(unet, conditioner),
+        f"{unet}time_embed.0.weight": torch.tensor([1.0]),
+        f"{unet}ref_input_blocks.0.0.weight": torch.tensor([2.0]),
+        f"{unet}ref_output_blocks.3.1.norm.weight": torch.tensor([3.0]),
+        f"{unet}ref_output_blocks.3.1.transformer_blocks.0.attn2.to_k_ip.weight": torch.tensor([4.0]),
+        f"{unet}ref_time_embed.0.weight": torch.tensor([5.0]),
+        f"{unet}ref_label_emb.0.0.weight": torch.tensor([6.0]),
+        f"{vae}encoder.conv_in.weight": torch.tensor([7.0]),
+        f"{vae}quant_conv.weight": torch.tensor([8.0]),
+        f"{conditioner}embedders.0.transformer.text_model.final_layer_norm.weight": torch.tensor([9.0]),
+        f"{conditioner}embedders.1.model.text_projection": torch.tensor([10.0]),
+        f"{conditioner}embedders.5.image_encoder.vision_model.post_layernorm.weight": torch.tensor([11.0]),
+    }
+
+
+def assert_taken_apart(found: Any) -> None:
+    base = {name: float(found.base[name].flatten()[0]) for name in found.base if "transformer_blocks" not in name}
+    assert base == {
+        "model.diffusion_model.input_blocks.0.0.weight": 1.0,
+        "model.diffusion_model.time_embed.0.weight": 1.0,
+        "first_stage_model.encoder.conv_in.weight": 7.0,
+        "first_stage_model.quant_conv.weight": 8.0,
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": 9.0,
+        "conditioner.embedders.1.model.text_projection": 10.0,
+    }
+    text = [name for name in found.base if "transformer_blocks" in name]
+    assert len(text) == 140 and not any("_ip" in name for name in text)
+    assert {name: float(of) for name, of in found.vision.items() if of.numel() == 1 and name != "x"} == {
+        "vision_model.post_layernorm.weight": 11.0
+    }
+    branch = {name: float(of) for name, of in found.subject.branch.items()}
+    assert branch == {
+        "input_blocks.0.0.weight": 2.0,
+        "output_blocks.3.1.norm.weight": 3.0,
+        "time_embed.0.weight": 5.0,
+        "label_emb.0.0.weight": 6.0,
+    }
+    assert set(found.subject.detail) == {"weight", "bias"}
+    assert_mapped(found.subject, SDXL)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("conditioner", ["conditioner.", "cond_stage_model.", "cond_stage_model.model."])
+@pytest.mark.parametrize("unet", ["model.diffusion_model.", "model."])
+def test_a_checkpoint_in_one_file(unet: str, conditioner: str, wrapped: bool, tmp_path: Path) -> None:
+    state = whole_checkpoint(unet, conditioner, "first_stage_model.")
+    torch.save({"model": state} if wrapped else state, tmp_path / "largen.pth")
+    assert_taken_apart(lar_gen.read_checkpoint(tmp_path / "largen.pth"))
+
+
+@pytest.mark.parametrize("prefixes", [("", "", ""), ("model.diffusion_model.", "model.", ""), ("model.", "", "model.")])
+def test_a_checkpoint_in_three_files(prefixes: tuple[str, str, str], tmp_path: Path) -> None:
+    unet, conditioner, vae = prefixes
+    state = whole_checkpoint("U.", "C.", "V.")
+    names = {"U.": "diffusion_model.pth", "C.": "cond_stage_model.pth", "V.": "first_stage_model.pth"}
+    for (part, name), prefix in zip(names.items(), (unet, conditioner, vae), strict=True):
+        own = {prefix + key.removeprefix(part): tensor for key, tensor in state.items() if key.startswith(part)}
+        torch.save(own, tmp_path / name)
+    for name in names.values():
+        assert_taken_apart(lar_gen.read_checkpoint(tmp_path / name))
+    (tmp_path / "cond_stage_model.pth").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"^diffusion_model\.pth is one of three files, and cond_stage_model\.pth is not"
+    ):
+        lar_gen.read_checkpoint(tmp_path / "diffusion_model.pth")
+
+
+@pytest.mark.parametrize("missing", ["first_stage_model", "image_encoder", "input_blocks.0.0", "embedders.0"])
+def test_another_checkpoint_gets_one_sentence(missing: str, tmp_path: Path) -> None:
+    state = whole_checkpoint("model.diffusion_model.", "conditioner.", "first_stage_model.")
+    state = {name: tensor for name, tensor in state.items() if missing not in name}
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"^other\.pth is not LAR-Gen's checkpoint, .*https://") as refused:
+        lar_gen.read_checkpoint(tmp_path / "other.pth")
+    assert "\n" not in str(refused.value)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from devtools.pack import load_pack, pack_module
+from truefill_testing import literal_refine
 from truefill_testing.literal_refine import refined_literally
 from truefill_testing.scene import Scene, boxes, forget_models, randn, relative_error
+from truefill_testing.small_models import small_model
 from truefill_testing.subject_weights import random_projections
 
 import comfy.model_management  # isort: skip
@@ -18,6 +20,7 @@ import nodes as host_nodes  # isort: skip
 load_pack()
 reference = pack_module("model_patches.lar_gen.reference")
 Refine = reference.Refine
+branches = pack_module("model_patches.lar_gen.branch")
 Assign = pack_module("model_patches.lar_gen.decoupled_attention").Assign
 best_start = pack_module("model_patches.starts.best_start")
 sampling_run = pack_module("model_patches.core.sampling_run")
@@ -62,6 +65,73 @@ def test_it_is_the_formula(family: str, inpainting: bool, subjects: int, is_one:
         right = scene.host(sigmas)
     assert relative_error(ours, right) < 1e-5 and relative_error(ours, plain) > 1e-2
     assert torch.equal(scene.host(sigmas), plain)
+
+
+class Trained:
+    """A reference network with weights of its own, and what CLIP says of so many subjects."""
+
+    def __init__(self, family: str, subjects: int, pooled: int | None, dtype: torch.dtype = torch.float64) -> None:
+        self.model = small_model(family, False, dtype, seed=7)
+        width = next(
+            t.cross.to_k.weight.shape[1] for t in unet_attention.transformer_places(self.model.model.diffusion_model)
+        )
+        self.details = randn(subjects, 6, 1280, seed=41).float()
+        self.weight, self.bias = randn(width, 1280, seed=42).float() / 36, randn(width, seed=43).float()
+        self.pooled = None if pooled is None else randn(1, pooled, seed=44).float()
+
+    def settings(self) -> dict[str, Any]:
+        branch = branches.Branch(model=self.model, weight=self.weight, bias=self.bias, pooled=self.pooled)
+        return {"branch": branch, "details": self.details}
+
+    def literal(self) -> Any:
+        context = self.details.double() @ self.weight.double().T + self.bias.double()
+        return literal_refine.Branch(self.model.model.diffusion_model, context, self.pooled)
+
+
+@pytest.mark.parametrize(
+    ("family", "inpainting", "subjects", "is_one", "options"),
+    [
+        pytest.param("sd15", True, 2, True, {}, marks=pytest.mark.quick),
+        ("sd15", False, 2, False, {"strength": 0.6}),
+        ("sd2", True, 1, True, {}),
+        ("sdxl", True, 2, True, {}),
+        ("sdxl", True, 2, False, {"strength": 0.6}),
+    ],
+)
+def test_a_trained_reference_network_is_the_formula(
+    family: str, inpainting: bool, subjects: int, is_one: bool, options: dict[str, Any]
+) -> None:
+    scene = Scene(family, inpainting, True, v_prediction=family == "sd2")
+    pooled = scene.positive[0][1]["pooled_output"].shape[1] if family == "sdxl" else None
+    sigmas, z, trained = scene.sigmas("simple", 3), latents(subjects), Trained(family, subjects, pooled)
+    ours = scene.host(sigmas, refined(scene.patcher, z, is_one, **trained.settings(), **options))
+    with refined_literally(scene, z.double() * scene.scale, is_one, branch=trained.literal(), **options):
+        right = scene.host(sigmas)
+    assert relative_error(ours, right) < 1e-5
+    assert relative_error(ours, scene.host(sigmas, refined(scene.patcher, z, is_one, **options))) > 1e-2
+
+
+def test_the_reference_network_is_loaded_by_the_host_and_let_go() -> None:
+    scene = Scene("sd15", True, True, torch.float32)
+    trained = Trained("sd15", 1, None, torch.float32)
+    model = refined(scene.patcher, **trained.settings())
+    (key,) = (key for key in model.additional_models if "Refine" in key)
+    assert [one.model for one in model.get_additional_models_with_key(key)] == [trained.model.model]
+    assert not refined(model, strength=0.0).get_additional_models_with_key(key)
+    assert scene.host(scene.sigmas("simple", 1), model).isfinite().all()
+
+
+@pytest.mark.quick
+def test_a_reference_network_that_does_not_fit_gets_one_sentence() -> None:
+    scene, other = Scene("sd15", True, True, torch.float32), Scene("sdxl", True, True, torch.float32)
+    with pytest.raises(ValueError, match=r"^Refine's reference network and this MODEL have other blocks: .*\.$"):
+        refined(other.patcher, **Trained("sd15", 1, None, torch.float32).settings())
+    with pytest.raises(ValueError, match=r"^Refine's reference network is SDXL's, .* Load LAR-Gen, .*\.$"):
+        refined(other.patcher, **Trained("sdxl", 1, None, torch.float32).settings())
+    narrow = Trained("sd15", 1, None, torch.float32)
+    narrow.weight = narrow.weight[:-1]
+    with pytest.raises(ValueError, match=r"^Refine's reference network and this MODEL have other blocks: .*\.$"):
+        refined(scene.patcher, **narrow.settings())
 
 
 def test_where_a_mask_says() -> None:

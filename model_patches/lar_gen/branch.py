@@ -1,0 +1,54 @@
+"""A trained reference network for Refine: a UNet of its own, which reads CLIP's states of the subject in the place of text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import comfy.sd
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+
+from .subject import WIDTH
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Branch:
+    """Settings.
+
+    model: a MODEL whose UNet has 4 input channels; its output layers are never run.
+    weight, bias: [text width, 1280] and [text width], which make the branch's text of CLIP's last states ("patch projector").
+    pooled: [1, P], SDXL's pooled text of the empty prompt, which the branch is told of instead of the prompt's; None where the
+        family has none.
+    """
+
+    model: ModelPatcher
+    weight: torch.Tensor
+    bias: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+def branch_from_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    detail: Mapping[str, torch.Tensor],
+    pooled: torch.Tensor | None,
+    name: str,
+) -> Branch:
+    """The branch of a file's tensors, by the names of the host's UNet, and of its detail projection, "weight" and "bias".
+
+    Raises ValueError, in one sentence that begins with the file's `name`.
+    """
+    if not {"weight", "bias"} <= detail.keys() or detail["weight"].shape[1] != WIDTH:
+        raise ValueError(
+            f"{name} has a reference network without a detail projection (patch_projector) for CLIP ViT-H: it is incomplete or "
+            "changed; download it again."
+        )
+    model = comfy.sd.load_diffusion_model_state_dict(dict(tensors))
+    unet = None if model is None else model.model.diffusion_model
+    if model is None or not isinstance(unet, UNetModel) or unet.in_channels != 4:
+        raise ValueError(
+            f"{name} has a reference network that is no UNet of SD1.5, SD2 or SDXL with 4 input channels: it is incomplete or "
+            "changed; download it again."
+        )
+    return Branch(model=model, weight=detail["weight"], bias=detail["bias"], pooled=pooled)
