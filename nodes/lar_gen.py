@@ -280,8 +280,8 @@ class TrueFillRefine(io.ComfyNode):
             node_id="TrueFillRefine",
             display_name="Refine (TrueFill)",
             category="TrueFill/4 guide",
-            description="LAR-Gen's Refine without training: the model looks at the subject's picture while it samples, and its "
-            "self-attention reads details from there. Needs no extra weights; about doubles the time of a step.",
+            description="LAR-Gen's Refine: the model looks at the subject's picture while it samples, and its self-attention "
+            "reads details from there. Needs no extra weights; about doubles the time of a step.",
             search_aliases=[
                 "reference only",
                 "reference attention",
@@ -352,4 +352,4 @@ class TrueFillRefine(io.ComfyNode):
         return io.NodeOutput(with_method(model, settings))
 
 
-NODES = [TrueFillLoadSubjectAdapter, TrueFillEncodeSubject, TrueFillAssign, TrueFillRefine]
+NODES = [TrueFillLoadSubjectAdapter, TrueFillLoadLARGen, TrueFillEncodeSubject, TrueFillAssign, TrueFillRefine]
