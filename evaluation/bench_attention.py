@@ -1,4 +1,5 @@
-"""Time and memory of one CFG step of a full-depth SD1.5-inpainting UNet: plain, PAIntA, RASG, both, SBC, and the literal forms.
+"""Time and memory of one CFG step of a full-depth SD1.5-inpainting UNet: plain, PAIntA, RASG, both, SBC, and the literal forms;
+and of Noise Search's one search with the step that follows.
 
 Random weights: the cost does not depend on them. The literal forms do what the formulas of HD-Painter and its released code
 say: PAIntA with the N x N score matrix multiplied by c, RASG with the gradient through the whole UNet, both halves of CFG in
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -30,6 +30,7 @@ from ..model_patches.core.unet_attention import GRIDS, transformer_places
 from ..model_patches.hd_painter.painta import PAIntA, prompt_relevance
 from ..model_patches.hd_painter.rasg import RASG, attention_score
 from ..model_patches.pilot.semantic_boundary import SemanticBoundary
+from ..model_patches.starts.noise_search import NoiseSearch
 from . import full_size
 
 EULER = comfy.samplers.sampler_object("euler")
@@ -106,6 +107,7 @@ def literal_rasg_step(model: Any, scene: Any) -> None:
 def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], None]]:
     painta = with_method(model, PAIntA())
     boundary = with_method(model, SemanticBoundary())
+    searched = with_method(model, NoiseSearch(announce=lambda text: None))
     rasg, finer, both_grids = (with_method(model, RASG(grid=grid)) for grid in GRIDS)
     both = with_method(painta, RASG())
     rows: dict[str, Callable[[], None]] = {
@@ -116,40 +118,12 @@ def variants(model: Any, scene: Any, literal: bool) -> dict[str, Callable[[], No
         "RASG at both": lambda: scene.sample(both_grids, EULER),
         "PAIntA + RASG": lambda: scene.sample(both, EULER),
         "SBC": lambda: scene.sample(boundary, EULER),
+        "Noise Search": lambda: scene.sample(searched, EULER),
     }
     if literal:
         rows["literal RASG"] = lambda: literal_rasg_step(model, scene)
         rows["literal PAIntA"] = lambda: literal_painta_step(model, scene)
     return rows
-
-
-def measure_size(
-    model: Any, size: int, literal: bool, rounds: int, warm_up: bool, device: torch.device, only: list[str] | None
-) -> list[dict[str, Any]]:
-    """Median time and memory of the variants at one size, and their ratios to the plain step."""
-    rows = variants(model, full_size.Scene(size, device), literal)
-    rows = {name: step for name, step in rows.items() if only is None or name == "plain" or name in only}
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    memory: dict[str, list[float]] = {name: [] for name in rows}
-    for round_ in range(0 if warm_up else 1, rounds + 1):
-        for name, step in rows.items():
-            with torch.inference_mode(name != "literal RASG"):
-                taken, grown = full_size.measure(step, device)
-            if round_ > 0:
-                seconds[name].append(taken)
-                memory[name].append(grown)
-    plain_seconds, plain_memory = statistics.median(seconds["plain"]), statistics.median(memory["plain"])
-    return [
-        {
-            "size": size,
-            "variant": name,
-            "seconds": round(statistics.median(seconds[name]), 4),
-            "time_ratio": round(statistics.median(seconds[name]) / plain_seconds, 3),
-            "memory_mib": round(statistics.median(memory[name]), 1),
-            "memory_ratio": round(statistics.median(memory[name]) / plain_memory, 3),
-        }
-        for name in rows
-    ]
 
 
 def main() -> None:
@@ -175,17 +149,15 @@ def main() -> None:
     )
     model = full_size.full_size_model(device, dtype, inpainting=True)
     results = []
-    print(f"{'pixels':>6}  {'variant':<15} {'seconds':>9} {'x plain':>8} {'MiB':>9} {'x plain':>8}", flush=True)
+    full_size.show_head()
     for size in sizes:
         # On CUDA each size picks its own kernels; on a CPU only the very first steps are slower.
         warm_up = cuda or size == sizes[0]
-        for row in measure_size(model, size, size <= literal_up_to, options.rounds, warm_up, device, options.variants):
-            results.append(row)
-            print(
-                f"{row['size']:>6}  {row['variant']:<15} {row['seconds']:>9.3f} {row['time_ratio']:>8.2f} "
-                f"{row['memory_mib']:>9.0f} {row['memory_ratio']:>8.2f}",
-                flush=True,
-            )
+        rows = variants(model, full_size.Scene(size, device), size <= literal_up_to)
+        rows = {name: step for name, step in rows.items() if name == "plain" or name in (options.variants or rows)}
+        for row in full_size.compare(rows, options.rounds, warm_up, device, with_gradients=["literal RASG"]):
+            results.append({"size": size, **row})
+            full_size.show_row(size, row)
     if options.json:
         options.json.write_text(
             json.dumps({"machine": full_size.machine(device), "dtype": str(dtype), "rows": results}, indent=1)

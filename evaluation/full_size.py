@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import comfy.model_base
 import comfy.model_patcher
@@ -155,6 +157,52 @@ def measure(step: Callable[[], None], device: torch.device) -> tuple[float, floa
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return seconds, memory.bytes / MIB
+
+
+def compare(
+    rows: Mapping[str, Callable[[], None]],
+    rounds: int,
+    warm_up: bool,
+    device: torch.device,
+    with_gradients: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Median time and memory of each row, and their ratios to the first. They run in turn, round by round; a warm-up counts
+    for nothing. All but `with_gradients` run in inference mode, as in the host."""
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    memory: dict[str, list[float]] = {name: [] for name in rows}
+    for round_ in range(0 if warm_up else 1, rounds + 1):
+        for name, step in rows.items():
+            with torch.inference_mode(name not in with_gradients):
+                taken, grown = measure(step, device)
+            if round_ > 0:
+                seconds[name].append(taken)
+                memory[name].append(grown)
+    first = next(iter(rows))
+    to_seconds, to_memory = statistics.median(seconds[first]), statistics.median(memory[first])
+    return [
+        {
+            "variant": name,
+            "seconds": round(statistics.median(seconds[name]), 4),
+            "time_ratio": round(statistics.median(seconds[name]) / to_seconds, 3),
+            "memory_mib": round(statistics.median(memory[name]), 1),
+            "memory_ratio": round(statistics.median(memory[name]) / to_memory, 3),
+        }
+        for name in rows
+    ]
+
+
+def show_head() -> None:
+    """The head of a table of `show_row`."""
+    print(f"{'pixels':>6}  {'variant':<22} {'seconds':>9} {'x plain':>8} {'MiB':>9} {'x plain':>8}", flush=True)
+
+
+def show_row(size: int, row: Mapping[str, Any]) -> None:
+    """A row of `compare` as text."""
+    print(
+        f"{size:>6}  {row['variant']:<22} {row['seconds']:>9.3f} {row['time_ratio']:>8.2f} "
+        f"{row['memory_mib']:>9.0f} {row['memory_ratio']:>8.2f}",
+        flush=True,
+    )
 
 
 def machine(device: torch.device) -> str:

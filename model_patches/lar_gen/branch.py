@@ -44,7 +44,7 @@ def branch_from_tensors(
             f"{name} has a reference network without a detail projection (patch_projector) for CLIP ViT-H: it is incomplete or "
             "changed; download it again."
         )
-    model = comfy.sd.load_diffusion_model_state_dict(dict(tensors))
+    model = comfy.sd.load_diffusion_model_state_dict({**_output_layers(tensors), **tensors})
     unet = None if model is None else model.model.diffusion_model
     if model is None or not isinstance(unet, UNetModel) or unet.in_channels != 4:
         raise ValueError(
@@ -52,3 +52,18 @@ def branch_from_tensors(
             "changed; download it again."
         )
     return Branch(model=model, weight=detail["weight"], bias=detail["bias"], pooled=pooled)
+
+
+def _output_layers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The layers that a reference network does not have, and the host misses: zeros, which are never read."""
+    first = tensors.get("input_blocks.0.0.weight")
+    if first is None:
+        return {}
+    channels = first.shape[0]
+    shapes = {
+        "out.0.weight": (channels,),
+        "out.0.bias": (channels,),
+        "out.2.weight": (4, channels, 3, 3),
+        "out.2.bias": (4,),
+    }
+    return {name: first.new_zeros(shape) for name, shape in shapes.items()}

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 
 from ..core.autograd import as_ordinary
-from ..core.call_rows import PromptRows
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
 from ..core.unet_attention import (
@@ -118,68 +117,82 @@ class RefineRun(MethodRun):
             self._levels.append(call.sigma)
         # Ordinary tensors, not inference ones: RASG's backward pass goes through them.
         with torch.inference_mode(False), torch.no_grad():
-            of_groups = [self._features(call, number) for number in range(len(call.rows))]
-        stored = {place: torch.cat([features[place] for features in of_groups]) for place in of_groups[0]}
+            stored = self._stored(call)
         _Reading(call, stored, self._settings.strength, self._region).install()
         return nullcontext()
 
-    def _features(self, call: UNetCall, number: int) -> Features:
-        """What a group of the call's rows reads: [B, tokens, channels] by block."""
-        rows, batch = call.rows[number], self._run.batch
-        here = slice(number * batch, (number + 1) * batch)
-        text = _Text(call.context[here], None if call.y is None else call.y[here]).without_repeats()
-        before = sum(other.conditional == rows.conditional for other in call.rows[:number])
-        key = (rows.conditional, before, call.x.device)
-        known, level = self._known.get(key), len(self._levels)
-        if known is None or level >= known.level + self._settings.reuse or not known.text.equals(text):
-            found = self._looked_at(call, rows, text)
-            self._known[key] = known = _Known(level, text, found)
-        return {place: features.expand(batch, -1, -1) for place, features in known.features.items()}
+    def _stored(self, call: UNetCall) -> Features:
+        """What the call's rows read: [rows, tokens, channels] by block. All that isn't known is found in one pass."""
+        batch, level = self._run.batch, len(self._levels)
+        keys, asked = [], {}
+        for number, rows in enumerate(call.rows):
+            here = slice(number * batch, (number + 1) * batch)
+            text = _Text(call.context[here], None if call.y is None else call.y[here]).without_repeats()
+            before = sum(other.conditional == rows.conditional for other in call.rows[:number])
+            key = (rows.conditional, before, call.x.device)
+            keys.append(key)
+            known = self._known.get(key)
+            if known is None or level >= known.level + self._settings.reuse or not known.text.equals(text):
+                asked[key] = text
+        if asked:
+            passes = [self._pass(call, conditional, text) for (conditional, *_), text in asked.items()]
+            found = self._look(call, passes)
+            for (key, text), features in zip(asked.items(), found, strict=True):
+                self._known[key] = _Known(level, text, features)
+        of_groups = [self._known[key].features for key in keys]
+        return {
+            place: torch.cat([features[place].expand(batch, -1, -1) for features in of_groups])
+            for place in of_groups[0]
+        }
 
-    def _looked_at(self, call: UNetCall, rows: PromptRows, text: _Text) -> Features:
-        """A pass of the branch: features [1 or B, tokens, channels]."""
+    def _look(self, call: UNetCall, passes: Sequence[_Pass]) -> list[Features]:
+        """The features of each, [groups, tokens, channels]."""
+        x, context = (torch.cat(parts) for parts in zip(*((of.x, of.text.context) for of in passes), strict=True))
+        ys = [of.text.y for of in passes if of.text.y is not None]
+        unet = call.unet if self._settings.branch is None else self._branch_model().diffusion_model
+        features = decoder_inputs(unet, x, call.timesteps, context, torch.cat(ys) if ys else None)
+        parts = {place: of.split([len(one.x) for one in passes]) for place, of in features.items()}
+        return [
+            {place: of[number].reshape(one.groups, -1, of[number].shape[2]) for place, of in parts.items()}
+            for number, one in enumerate(passes)
+        ]
+
+    def _pass(self, call: UNetCall, conditional: bool, text: _Text) -> _Pass:
+        """What the branch is asked for the rows of a prompt."""
         latents = self._run.model.process_latent_in(as_ordinary(self._settings.latents))
-        noise = reference_noise(self._run.seed, call.sigma, rows.conditional, latents.shape)
+        noise = reference_noise(self._run.seed, call.sigma, conditional, latents.shape)
         latents, noise = (of.to(call.x.device, torch.float32) for of in (latents, noise))
         if self._settings.branch is not None:
-            features = self._by_branch(call, self._settings.branch, latents, noise, text)
-            groups = 1 if self._settings.is_one else len(latents)
+            return self._pass_of_branch(call, self._settings.branch, self._noised(call, latents, noise), text)
+        views, texts = len(latents), len(text.context)
+        if self._settings.is_one:
+            groups, text = texts, text.repeated(views)
+            latents, noise = (of.repeat(texts, 1, 1, 1) for of in (latents, noise))
         else:
-            views, texts = len(latents), len(text.context)
-            groups = texts if self._settings.is_one else max(views, texts)
-            if self._settings.is_one:
-                latents, noise = (of.repeat(texts, 1, 1, 1) for of in (latents, noise))
-                text = text.repeated(views)
-            else:
-                latents, noise = (of.expand(groups, -1, -1, -1) for of in (latents, noise))
-                text = text.expanded(groups)
-            features = self._by_unet(call, latents, noise, text)
-        return {place: of.reshape(groups, -1, of.shape[2]) for place, of in features.items()}
-
-    def _by_unet(self, call: UNetCall, latents: torch.Tensor, noise: torch.Tensor, text: _Text) -> Features:
+            groups = max(views, texts)
+            text = text.expanded(groups)
+            latents, noise = (of.expand(groups, -1, -1, -1) for of in (latents, noise))
         x = self._noised(call, latents, noise)
         if call.unet.in_channels == 9:
             x = torch.cat((x, torch.zeros_like(x[:, :1]), latents), dim=1)
-        return decoder_inputs(call.unet, x.to(call.x.dtype), call.timesteps, text.context, text.y)
+        return _Pass(x.to(call.x.dtype), text, groups)
 
-    def _by_branch(
-        self, call: UNetCall, branch: Branch, latents: torch.Tensor, noise: torch.Tensor, text: _Text
-    ) -> Features:
-        (patcher,) = self._run.models(self._settings)
+    def _pass_of_branch(self, call: UNetCall, branch: Branch, x: torch.Tensor, text: _Text) -> _Pass:
         details = self._settings.details
         assert details is not None
-        dtype, device = patcher.model.get_dtype_inference(), call.x.device
-        weight, bias, details = (
-            as_ordinary(of).to(device, torch.float32) for of in (branch.weight, branch.bias, details)
-        )
+        dtype = self._branch_model().get_dtype_inference()
+        weight, bias, details = (as_ordinary(of).to(x) for of in (branch.weight, branch.bias, details))
         y = None
         if text.y is not None and branch.pooled is not None:
             # The sizes are those of the picture; they are the same for all of a batch.
             pooled = as_ordinary(branch.pooled).to(text.y)
-            y = torch.cat((pooled, text.y[:1, pooled.shape[1] :]), dim=1).expand(len(latents), -1).to(dtype)
-        x = self._noised(call, latents, noise).to(dtype)
+            y = torch.cat((pooled, text.y[:1, pooled.shape[1] :]), dim=1).expand(len(x), -1).to(dtype)
         context = F.linear(details, weight, bias).to(dtype)
-        return decoder_inputs(patcher.model.diffusion_model, x, call.timesteps, context, y)
+        return _Pass(x.to(dtype), _Text(context, y), 1 if self._settings.is_one else len(x))
+
+    def _branch_model(self) -> Any:
+        (patcher,) = self._run.models(self._settings)
+        return patcher.model
 
     def _noised(self, call: UNetCall, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         sampling = self._run.model.model_sampling
@@ -258,6 +271,15 @@ def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.shape == other.shape and torch.equal(one, other)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What a branch is asked at once, and how many groups of tokens come of it: one for all pictures, or one for each."""
+
+    x: torch.Tensor
+    text: _Text
+    groups: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,8 +188,8 @@ def test_the_branch_ends_at_the_last_block_that_is_read() -> None:
     finally:
         for handle in handles:
             handle.remove()
-    # Of one call for both prompts: a pass of the branch for each of them, and the model's own.
-    assert calls == ["begun", "begun", "begun", "out"] * 2
+    # One pass of the branch for both prompts, and the model's own.
+    assert calls == ["begun", "begun", "out"] * 2
 
 
 def test_features_that_are_used_again() -> None:
@@ -202,7 +202,7 @@ def test_features_that_are_used_again() -> None:
         reused = scene.host(sigmas, refined(scene.patcher, reuse=2))
     finally:
         handle.remove()
-    assert len(calls) == 5 + 2 * 3
+    assert len(calls) == 5 + 3
     assert 1e-4 < relative_error(reused, exact) < relative_error(scene.host(sigmas), exact)
 
 
