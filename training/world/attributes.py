@@ -63,6 +63,8 @@ class Purpose(IntEnum):
     CROP = 5
     TRIPLET = 6
     BATCH = 7
+    LOOK = 8
+    QUADRUPLE = 9
 
 
 def generator(split: str, index: int, purpose: Purpose, variant: int = 0) -> np.random.Generator:

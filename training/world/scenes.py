@@ -109,7 +109,8 @@ def _surface(item: SceneObject, box: tuple[int, int, int, int]) -> np.ndarray:
     return (base + share[..., None] * (tone - base)) * light[..., None]
 
 
-def _add_shadow(picture: np.ndarray, item: SceneObject, polygons: list[np.ndarray]) -> None:
+def add_shadow(picture: np.ndarray, item: SceneObject, polygons: list[np.ndarray]) -> None:
+    """Darken a picture (float32 [256, 256, 3], changed in place) below and to the right of an object with these outlines."""
     blur = 5.0
     offset = (0.07 * item.radius, 0.1 * item.radius)
     shifted = [polygon + offset for polygon in polygons]
@@ -125,7 +126,7 @@ def render_objects(picture: np.ndarray, objects: tuple[SceneObject, ...]) -> np.
     masks = np.zeros((len(objects), SIZE, SIZE), dtype=bool)
     for number, item in enumerate(objects):
         polygons = outlines(item)
-        _add_shadow(picture, item, polygons)
+        add_shadow(picture, item, polygons)
         box = bounds(polygons[0], 1.0)
         left, top, right, bottom = box
         covered = draw(polygons, box)
