@@ -87,6 +87,7 @@ def test_the_states_that_are_read(vision: Any) -> None:
         assert not torch.allclose(other, nothing[0], atol=1e-2)
 
 
+@pytest.mark.quick
 def test_tokens_of_several_subjects_and_of_views_of_one(vision: Any) -> None:
     resampler = Resampler.from_tensors(random_resampler(output=24))
     with torch.inference_mode():

@@ -168,8 +168,9 @@ def test_twice_is_the_same_and_the_given_model_is_not_changed() -> None:
 
 @pytest.mark.quick
 def test_outside_of_the_hole_and_in_pictures_without_one_the_noise_stays(begun: list[torch.Tensor]) -> None:
-    """In the hole it has its mean and its deviation again."""
+    """In the hole, its soft edge included, it has its mean and its deviation again."""
     hole = boxes((16, 13), (slice(3, 9), slice(4, 13)), (slice(0, 0), slice(0, 0)), (slice(5, 6), slice(7, 8)))
+    hole[0, 0, 2, 4:13] = 0.3
     scene = Scene("sd15", True, True, torch.float32, hole=hole)
     scene.host(scene.sigmas("simple", 2), searched(scene.patcher, steps=3, rate=0.5))
     for own, first, found in zip(scene.hole > 0, scene.noise, begun[-1], strict=True):
