@@ -10,6 +10,7 @@ import torch
 from devtools.pack import load_pack, pack_module
 from truefill_testing import literal_refine
 from truefill_testing.literal_refine import refined_literally
+from truefill_testing.pilot_scene import CALM, pilot
 from truefill_testing.scene import Scene, boxes, forget_models, randn, relative_error
 from truefill_testing.small_models import small_model
 from truefill_testing.subject_weights import random_projections
@@ -206,17 +207,20 @@ def test_features_that_are_used_again() -> None:
     assert 1e-4 < relative_error(reused, exact) < relative_error(scene.host(sigmas), exact)
 
 
-def test_beside_the_other_methods_in_any_order() -> None:
-    scene = Scene("sd15", True, True, torch.float32)
-    sigmas = scene.sigmas("simple", 3)
+def an_assign(scene: Scene) -> Any:
     crosses = {t.place: t.cross for t in unet_attention.transformer_places(scene.model.diffusion_model)}
-    assign = Assign(
+    return Assign(
         strength=0.5,
         subject=randn(1, 5, 24, seed=21).float(),
         nothing=randn(1, 5, 24, seed=22).float(),
         projections=dict(zip(crosses, random_projections(list(crosses.values())), strict=True)),
     )
-    others = (PAIntA(end_percent=1.0), RASG(eta=0.1), SemanticBoundary(), assign)
+
+
+def test_beside_the_other_methods_in_any_order() -> None:
+    scene = Scene("sd15", True, True, torch.float32)
+    sigmas = scene.sigmas("simple", 3)
+    others = (PAIntA(end_percent=1.0), RASG(eta=0.1), SemanticBoundary(), an_assign(scene))
 
     def guided(model: Any) -> Any:
         for settings in others:
@@ -228,6 +232,29 @@ def test_beside_the_other_methods_in_any_order() -> None:
         assert torch.equal(together, scene.host(sigmas, guided(refined(scene.patcher, **options))))
         assert relative_error(together, scene.host(sigmas, guided(scene.patcher))) > 1e-3
         assert relative_error(together, scene.host(sigmas, refined(scene.patcher, **options))) > 1e-3
+
+
+@pytest.mark.parametrize("memory", ["record", "recompute"])
+def test_with_the_pilot_sampler(memory: str) -> None:
+    """Its passes with a gradient look at the subject, too, once at each noise level."""
+    scene = Scene("sd15", False, True, torch.float32)
+    settings = pilot.PILOT(**CALM, interval=1, iterations=2, memory=memory)
+    sigmas, unet, calls = scene.sigmas("simple", 2), scene.model.diffusion_model, []
+    plain = scene.host(sigmas, sampler=pilot.pilot_sampler(settings, lambda text: None))
+    handle = unet.out[-1].register_forward_hook(lambda *_: calls.append("out"))
+    begun = unet.time_embed[-1].register_forward_hook(lambda *_: calls.append("begun"))
+    try:
+        for model in (an_assign(scene), None):
+            patched = scene.patcher if model is None else sampling_run.with_method(scene.patcher, model)
+            for options in ({}, {"strength": 0.5}):
+                calls.clear()
+                made = scene.host(sigmas, refined(patched, **options), pilot.pilot_sampler(settings, lambda text: None))
+                assert made.isfinite().all() and relative_error(made, plain) > 1e-3
+                # At each level: the branch for the positive prompt and two passes, the branch for the negative one and a step.
+                assert calls == ["begun", *["begun", "out"] * 2, "begun", "begun", "out"] * 2
+    finally:
+        handle.remove()
+        begun.remove()
 
 
 def test_best_start_goes_on_to_the_picture_of_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
