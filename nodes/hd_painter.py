@@ -8,7 +8,7 @@ from ..imaging.masks import log_noise, resize_mask
 from ..imaging.super_resolution import widened
 from ..model_patches.core.diffusion import Diffusion
 from ..model_patches.core.sampling_run import with_method
-from ..model_patches.core.unet_attention import AUTO, GRIDS
+from ..model_patches.core.unet_attention import AUTO
 from ..model_patches.hd_painter.known_blending import with_known
 from ..model_patches.hd_painter.painta import PAIntA
 from ..model_patches.hd_painter.rasg import RASG
@@ -18,6 +18,7 @@ from .schema import (
     cfg_input,
     check_window,
     end_percent_input,
+    grid_input,
     harmonize_inputs,
     hole_input,
     scheduler_input,
@@ -136,15 +137,7 @@ class TrueFillRASG(io.ComfyNode):
                     "0.1 to 0.25 and with euler, ddim or euler_ancestral.",
                 ),
                 hole_input(),
-                io.Combo.Input(
-                    "grid",
-                    options=[AUTO, *GRIDS],
-                    default=AUTO,
-                    advanced=True,
-                    tooltip="At which part of the picture's side the attention is read. auto: the one whose grid is nearest to "
-                    "the paper's 16x16, so 1/32 (the paper's) from 363x363 pixels upwards, and 1/16 below. both: the sum of the "
-                    "two scores. 1/16 and both take a little longer.",
-                ),
+                grid_input(" The paper's is 1/32. 1/16 and both take a little longer."),
             ],
             outputs=[io.Model.Output(tooltip="The model with RASG. About 1.3 to 1.6 times the time of a plain step.")],
         )

@@ -20,9 +20,7 @@ from ..weights.files import SUFFIXES
 from .model_files import ModelFiles
 from .schema import check_window, end_percent_input, start_percent_input
 
-ADAPTERS = ModelFiles(
-    ("ipadapter",), "IP-Adapter-Plus (ViT-H)", lar_gen.WHERE_TO_GET, suffixes=(*SUFFIXES, ".bin", ".ckpt")
-)
+ADAPTERS = ModelFiles(("ipadapter",), "IP-Adapter-Plus (ViT-H)", lar_gen.WHERE_TO_GET, suffixes=(*SUFFIXES, ".bin"))
 EXAMPLE = "ip-adapter-plus_sd15.safetensors"
 CHECKPOINTS = ModelFiles(("lar-gen",), "LAR-Gen", lar_gen.RELEASE)
 CHECKPOINT = "largen_ckpt_s22k.pth"

@@ -32,14 +32,15 @@ def hole_input() -> io.Mask.Input:
     )
 
 
-def grid_input() -> io.Combo.Input:
+def grid_input(more: str = "") -> io.Combo.Input:
+    """`more` follows in the tooltip."""
     return io.Combo.Input(
         "grid",
         options=[AUTO, *GRIDS],
         default=AUTO,
         advanced=True,
         tooltip="At which part of the picture's side the attention is read. auto: the one whose grid is nearest to 16x16, so "
-        "1/32 from 363x363 pixels upwards, and 1/16 below. both: the sum of the two scores.",
+        f"1/32 from 363x363 pixels upwards, and 1/16 below. both: the sum of the two scores.{more}",
     )
 
 

@@ -23,6 +23,7 @@ from ..core.autograd import as_ordinary
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
 from ..core.unet_attention import Place, attention, require_unet, transformer_places
+from .region import pixel_weights
 
 Projections = Mapping[Place, tuple[torch.Tensor, torch.Tensor]]
 """The weights to_k_ip and to_v_ip of each transformer block, [inner, width] each."""
@@ -131,7 +132,5 @@ class AssignRun(MethodRun):
         """How much each pixel of the rows reads the subject, [rows, pixels, 1]."""
         if self._region is None:
             return 1.0
-        grid = tuple(extra_options["activations_shape"][-2:])
-        with torch.inference_mode(False):
-            parts = [F.adaptive_avg_pool2d(rows.cut(as_ordinary(self._region)), grid) for rows in call.rows]
-            return torch.cat(parts).flatten(2).transpose(1, 2).to(like)
+        height, width = extra_options["activations_shape"][-2:]
+        return pixel_weights(self._region, call.rows, (height, width)).to(like)

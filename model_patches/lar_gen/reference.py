@@ -34,6 +34,7 @@ from ..core.unet_attention import (
     transformer_places,
 )
 from .branch import Branch
+from .region import pixel_weights
 
 Features = dict[Place, torch.Tensor]
 """What a branch has stored, [rows, tokens, channels] by transformer block."""
@@ -107,14 +108,16 @@ class RefineRun(MethodRun):
         self._settings = settings
         self._run = run
         self._region = region
-        self._levels: list[float] = []
+        self._levels = 0
+        """How many noise levels there have been, the present one included."""
+        self._sigma: float | None = None
         self._known: dict[tuple[bool, int, torch.device], _Known] = {}
         """By role, and by number among the prompts of that role in a call."""
 
     def edit(self, call: UNetCall) -> AbstractContextManager[None]:
         """Runs the branch, and lets the call's self-attentions read what it has stored."""
-        if not self._levels or self._levels[-1] != call.sigma:
-            self._levels.append(call.sigma)
+        if self._sigma != call.sigma:
+            self._sigma, self._levels = call.sigma, self._levels + 1
         # Ordinary tensors, not inference ones: RASG's backward pass goes through them.
         with torch.inference_mode(False), torch.no_grad():
             stored = self._stored(call)
@@ -123,7 +126,7 @@ class RefineRun(MethodRun):
 
     def _stored(self, call: UNetCall) -> Features:
         """What the call's rows read: [rows, tokens, channels] by block. All that isn't known is found in one pass."""
-        batch, level = self._run.batch, len(self._levels)
+        batch, level = self._run.batch, self._levels
         keys, asked = [], {}
         for number, rows in enumerate(call.rows):
             here = slice(number * batch, (number + 1) * batch)
@@ -345,10 +348,8 @@ class _Reading:
         """How much each pixel of the rows reads the subject, [rows, pixels, 1]."""
         if self._region is None:
             return self._strength
-        grid = tuple(extra_options["activations_shape"][-2:])
-        with torch.inference_mode(False):
-            parts = [F.adaptive_avg_pool2d(rows.cut(as_ordinary(self._region)), grid) for rows in self._call.rows]
-            weights = self._strength * torch.cat(parts).flatten(2).transpose(1, 2)
+        height, width = extra_options["activations_shape"][-2:]
+        weights = self._strength * pixel_weights(self._region, self._call.rows, (height, width))
         if weights.shape[1] != like.shape[1]:
             raise ValueError(
                 f"Refine expected {weights.shape[1]} pixels in self-attention and found {like.shape[1]}: another node merges or "

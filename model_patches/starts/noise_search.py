@@ -71,7 +71,9 @@ class NoiseSearchRun(MethodRun):
         if not self._said:
             self._said = True
             often = "once" if settings.steps == 1 else f"{settings.steps} times"
-            settings.announce(f"{NAME}: evaluates the positive prompt {often} with a gradient before the first step.")
+            settings.announce(
+                f"{NAME}: evaluates the positive prompt {often} with a gradient for each noise that begins."
+            )
         for _ in range(settings.steps):
             self._gradient.total, self._looking = None, True
             try:

@@ -111,6 +111,7 @@ def test_it_is_the_formula(family: str, inpainting: bool, subjects: int) -> None
     assert torch.equal(scene.host(sigmas), plain)
 
 
+@pytest.mark.quick
 def test_where_a_mask_says() -> None:
     """In pixels; each cell of a grid as much as the mask covers of it."""
     scene = Scene("sd15", True, True)

@@ -13,7 +13,7 @@ from truefill_testing.literal_refine import refined_literally
 from truefill_testing.pilot_scene import CALM, pilot
 from truefill_testing.scene import Scene, boxes, forget_models, randn, relative_error
 from truefill_testing.small_models import small_model
-from truefill_testing.subject_weights import random_projections
+from truefill_testing.subject_weights import random_assign
 
 import comfy.model_management  # isort: skip
 import nodes as host_nodes  # isort: skip
@@ -22,7 +22,6 @@ load_pack()
 reference = pack_module("model_patches.lar_gen.reference")
 Refine = reference.Refine
 branches = pack_module("model_patches.lar_gen.branch")
-Assign = pack_module("model_patches.lar_gen.decoupled_attention").Assign
 best_start = pack_module("model_patches.starts.best_start")
 sampling_run = pack_module("model_patches.core.sampling_run")
 unet_attention = pack_module("model_patches.core.unet_attention")
@@ -165,15 +164,17 @@ def test_strength_0_an_empty_mask_and_a_closed_window_are_no_node() -> None:
 
 
 @pytest.mark.quick
-def test_twice_is_the_same_and_another_seed_is_another_picture() -> None:
-    scene = Scene("sd15", True, True, torch.float32)
-    sigmas, model = scene.sigmas("simple", 2), refined(scene.patcher)
+def test_twice_is_the_same_and_the_branchs_noise_is_of_the_runs_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scene's own noise stays what it was: only the branch reads the seed."""
+    scene = Scene("sd15", True, True)
+    sigmas, model, arguments = scene.sigmas("simple", 2), refined(scene.patcher), scene.host_arguments
     first = scene.host(sigmas, model)
     assert torch.equal(scene.host(sigmas, model), first)
-    noises = [
-        reference.reference_noise(*which, (1, 4, 8, 8)) for which in [(0, 1.5, True), (1, 1.5, True), (0, 1.5, False)]
-    ]
-    assert not any(torch.equal(noises[a], noises[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+    monkeypatch.setattr(scene, "host_arguments", lambda: {**arguments(), "seed": 5})
+    other = scene.host(sigmas, model)
+    with refined_literally(scene, latents().double() * scene.scale, True, seed=5):
+        right = scene.host(sigmas)
+    assert relative_error(other, right) < 1e-5 < 1e-3 < relative_error(other, first)
 
 
 @pytest.mark.quick
@@ -207,20 +208,10 @@ def test_features_that_are_used_again() -> None:
     assert 1e-4 < relative_error(reused, exact) < relative_error(scene.host(sigmas), exact)
 
 
-def an_assign(scene: Scene) -> Any:
-    crosses = {t.place: t.cross for t in unet_attention.transformer_places(scene.model.diffusion_model)}
-    return Assign(
-        strength=0.5,
-        subject=randn(1, 5, 24, seed=21).float(),
-        nothing=randn(1, 5, 24, seed=22).float(),
-        projections=dict(zip(crosses, random_projections(list(crosses.values())), strict=True)),
-    )
-
-
 def test_beside_the_other_methods_in_any_order() -> None:
     scene = Scene("sd15", True, True, torch.float32)
     sigmas = scene.sigmas("simple", 3)
-    others = (PAIntA(end_percent=1.0), RASG(eta=0.1), SemanticBoundary(), an_assign(scene))
+    others = (PAIntA(end_percent=1.0), RASG(eta=0.1), SemanticBoundary(), random_assign(scene.model.diffusion_model))
 
     def guided(model: Any) -> Any:
         for settings in others:
@@ -244,7 +235,7 @@ def test_with_the_pilot_sampler(memory: str) -> None:
     handle = unet.out[-1].register_forward_hook(lambda *_: calls.append("out"))
     begun = unet.time_embed[-1].register_forward_hook(lambda *_: calls.append("begun"))
     try:
-        for model in (an_assign(scene), None):
+        for model in (random_assign(scene.model.diffusion_model), None):
             patched = scene.patcher if model is None else sampling_run.with_method(scene.patcher, model)
             for options in ({}, {"strength": 0.5}):
                 calls.clear()

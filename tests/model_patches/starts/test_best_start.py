@@ -14,6 +14,7 @@ from truefill_testing.literal_sampling import alpha_bar, nearest_timestep
 from truefill_testing.literal_unet import literal_unet
 from truefill_testing.pilot_scene import CALM, pilot
 from truefill_testing.scene import Scene, boxes, exact_unet, forget_models
+from truefill_testing.subject_weights import random_assign
 
 import comfy.model_management  # isort: skip
 import comfy.samplers  # isort: skip
@@ -232,7 +233,7 @@ def test_beside_the_other_methods_they_act_as_from_that_noise(
     sigmas = scene.sigmas("simple", 4)
 
     def guided(model: Any) -> Any:
-        for settings in others:
+        for settings in (*others, random_assign(scene.model.diffusion_model)):
             model = sampling_run.with_method(model, settings)
         return model
 

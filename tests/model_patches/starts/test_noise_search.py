@@ -14,6 +14,7 @@ from truefill_testing.literal_sampling import alpha_bar, nearest_timestep
 from truefill_testing.literal_unet import literal_unet
 from truefill_testing.pilot_scene import CALM, pilot
 from truefill_testing.scene import Scene, boxes, exact_unet, forget_models, relative_error
+from truefill_testing.subject_weights import random_assign
 
 import comfy.model_management  # isort: skip
 import comfy.samplers  # isort: skip
@@ -27,6 +28,7 @@ sampling_run = pack_module("model_patches.core.sampling_run")
 known_blending = pack_module("model_patches.hd_painter.known_blending")
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
+Refine = pack_module("model_patches.lar_gen.reference").Refine
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
 
 RATE = 0.2
@@ -213,7 +215,9 @@ def test_beside_the_other_methods_they_act_as_from_that_noise(comes_first: bool,
     sigmas = scene.sigmas("simple", 4)
 
     def guided(model: Any) -> Any:
-        for settings in (PAIntA(), RASG(eta=0.3), SemanticBoundary()):
+        subject = random_assign(scene.model.diffusion_model)
+        refine = Refine(latents=scene.latent[:1], is_one=True, strength=0.5)
+        for settings in (PAIntA(), RASG(eta=0.3), SemanticBoundary(), subject, refine):
             model = sampling_run.with_method(model, settings)
         return known_blending.with_known(model, scene.masked_latent, scene.hole, 1.0)
 

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from devtools.pack import pack_module
+
 _TO_K = re.compile(
     r"model\.diffusion_model\.(\w+)_blocks?\.(\d+)\.(?:1\.)?transformer_blocks\.(\d+)\.attn2\.to_k\.weight"
 )
@@ -63,6 +65,17 @@ def random_projections(
         pair = [torch.randn(inner, width, generator=generator) / width**0.5 for _ in range(2)]
         made.append((1.5 * pair[0].to(dtype), pair[1].to(dtype)))
     return made
+
+
+def random_assign(unet: Any, beta: float = 0.5) -> Any:
+    """Settings of Assign for a small UNet: a random subject of 5 tokens, and random weights."""
+    crosses = {t.place: t.cross for t in pack_module("model_patches.core.unet_attention").transformer_places(unet)}
+    width = next(iter(crosses.values())).to_k.weight.shape[1]
+    generator = torch.Generator().manual_seed(21)
+    subject, nothing = (torch.randn(1, 5, width, generator=generator) for _ in range(2))
+    projections = dict(zip(crosses, random_projections(list(crosses.values())), strict=True))
+    assign = pack_module("model_patches.lar_gen.decoupled_attention").Assign
+    return assign(strength=beta, subject=subject, nothing=nothing, projections=projections)
 
 
 def write_adapter(path: Path, checkpoint: Path) -> None:
