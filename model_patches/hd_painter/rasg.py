@@ -143,8 +143,10 @@ class RASGScore:
     def __init__(self, hole: torch.Tensor) -> None:
         """`hole` [B, 1, h, w] is how much of each latent cell is hole."""
         self._hole = hole
-        self._scores: dict[tuple[Grid, PromptRows], torch.Tensor] = {}
-        self._blocks: Counter[tuple[Grid, PromptRows]] = Counter()
+        # By level and group of rows; levels of a very small picture may have the same grid.
+        self._scores: dict[tuple[int, PromptRows], torch.Tensor] = {}
+        self._blocks: Counter[tuple[int, PromptRows]] = Counter()
+        self._grids: dict[int, Grid] = {}
 
     def read(
         self, place: TransformerPlace, grid: Grid, rows: PromptRows, n: torch.Tensor, context: torch.Tensor
@@ -155,16 +157,17 @@ class RASGScore:
         key = full_precision(cross.to_k(context[:, tokens]))
         # The mean over heads of q_h . k_h / sqrt(d) is the product over all channels at once.
         scores = query @ key.transpose(1, 2) * (cross.dim_head**-0.5 / cross.heads)
-        known = self._scores.get((grid, rows))
-        self._scores[grid, rows] = scores if known is None else known + scores
-        self._blocks[grid, rows] += 1
+        known = self._scores.get((place.factor, rows))
+        self._scores[place.factor, rows] = scores if known is None else known + scores
+        self._blocks[place.factor, rows] += 1
+        self._grids[place.factor] = grid
 
     def value(self) -> torch.Tensor:
         """The sum over levels and groups of rows, of all pictures."""
         found = []
-        for (grid, rows), scores in self._scores.items():
-            hole = hole_cells(rows.cut(self._hole), grid).flatten(1).to(scores.device)
-            mean, own = scores / self._blocks[grid, rows], rows.tokens.words_and_ends
+        for (factor, rows), scores in self._scores.items():
+            hole = hole_cells(rows.cut(self._hole), self._grids[factor]).flatten(1).to(scores.device)
+            mean, own = scores / self._blocks[factor, rows], rows.tokens.words_and_ends
             if len(own) == 1:
                 found.append(attention_score(mean, hole))
                 continue

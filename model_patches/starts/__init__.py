@@ -1,1 +1,1 @@
-"""Best Start: of several noises, the one whose first steps the attention finds best goes on."""
+"""What a run begins with: the best of several noises, or a noise that was made better."""

@@ -96,7 +96,8 @@ class AttentionScore:
 
     def __init__(self, hole: torch.Tensor, factors: Collection[int]) -> None:
         self._hole = hole
-        self._maps: dict[tuple[PromptRows, Grid], list[torch.Tensor]] = defaultdict(list)
+        # Levels of a very small picture may have the same grid.
+        self._maps: dict[tuple[PromptRows, int, Grid], list[torch.Tensor]] = defaultdict(list)
         self.reader = AttentionReader(factors, self._note)
 
     def read(
@@ -105,7 +106,7 @@ class AttentionScore:
         self._note(place, grid, rows, raw_scores(place, n, context))
 
     def _note(self, place: TransformerPlace, grid: Grid, rows: PromptRows, raw: torch.Tensor) -> None:
-        self._maps[rows, grid].append(probabilities(raw))
+        self._maps[rows, place.factor, grid].append(probabilities(raw))
 
     @property
     def has_read(self) -> bool:
@@ -115,7 +116,7 @@ class AttentionScore:
     def value(self) -> torch.Tensor:
         """[B]; raises RuntimeError where nothing was read."""
         found = []
-        for (rows, grid), maps in self._maps.items():
+        for (rows, _, grid), maps in self._maps.items():
             cells = cells_of(self._hole, rows, grid).to(maps[0].device)
             tokens = rows.tokens.words_and_ends.to(maps[0].device)
             # A prompt that is limited to a part of the picture without a hole has no say.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from devtools.pack import load_pack, pack_module
-from truefill_testing.scene import Scene, forget_models
+from truefill_testing.scene import Scene, boxes, forget_models
 
 import nodes as host_nodes  # isort: skip
 
@@ -59,9 +59,12 @@ def test_the_score_is_its_formula() -> None:
         assert float(found[picture]) == pytest.approx(right, rel=1e-9)
 
 
-def test_prompts_and_levels_are_added_and_the_negative_one_has_no_say() -> None:
-    """One evaluation: with two positive prompts the score is the sum of theirs, whatever the negative prompt is."""
-    scene = Scene("sd15", True, True, torch.float32)
+@pytest.mark.parametrize("hole", [None, boxes((2, 1), (slice(0, 1), slice(0, 1)), (slice(0, 2), slice(0, 1)))])
+def test_prompts_and_levels_are_added_and_the_negative_one_has_no_say(hole: torch.Tensor | None) -> None:
+    """One evaluation: with two positive prompts the score is the sum of theirs, whatever the negative prompt is.
+
+    On a picture of 16x8 pixels both levels have a single cell."""
+    scene = Scene("sd15", True, True, hole=hole)
     first, second = scene.positive, [[scene.negative[0][0].flip(1), dict(scene.positive[0][1])]]
 
     def score(positive: list[Any], negative: list[Any], factors: tuple[int, ...]) -> Any:
@@ -85,6 +88,8 @@ def test_prompts_and_levels_are_added_and_the_negative_one_has_no_say() -> None:
         both = score(first + second, negative, factors)
         assert torch.allclose(both, sum(one for factor in factors for one in alone[factor]), atol=1e-5)
     assert torch.allclose(score(first, second, (2,)), alone[2][0], atol=1e-6)
+    if hole is not None:
+        return
     (limited,) = host_nodes.ConditioningSetArea().append(second, 24, 24, 0, 0, 1.0)
     # The corner has no hole.
     assert torch.allclose(score(first + limited, negative, (2,)), alone[2][0], atol=1e-5)
