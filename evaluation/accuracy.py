@@ -269,7 +269,12 @@ def _sample_pilot(
 
 def finish(task: Task, made: torch.Tensor) -> torch.Tensor:
     """The picture [1, H, W, 3] with what was made in its hole."""
-    return composite(task.pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, task.hole, 1).movedim(1, -1)
+    return composited(task.pixels, made, task.hole)
+
+
+def composited(pixels: torch.Tensor, made: torch.Tensor, hole: torch.Tensor) -> torch.Tensor:
+    """Pixels [1, H, W, 3] with what was made where `hole` [1, H, W] is 1."""
+    return composite(pixels.movedim(-1, 1).clone(), made.movedim(-1, 1), 0, 0, hole, 1).movedim(1, -1)
 
 
 def fill(models: Models, method: Method, task: Task, seed: int, sampling: KSampling) -> torch.Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .harmonize import ONLY_BLEND, Harmony, harmonize_pictures
+from .mask_shapes import mask_shape
 from .masks import as_mask_batch, hole_of, resize_mask
 from .morphology import bounding_boxes
 from .morphology import feather as feather_mask
@@ -35,6 +36,7 @@ def crop(
     settings: RegionSettings,
     context_mask: torch.Tensor | None = None,
     feather: float = 0.0,
+    fill_box: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Region]:
     """Cuts the regions around the holes out of pictures, at the size `settings` asks for.
 
@@ -42,7 +44,8 @@ def crop(
     the hole, are as for `resize_mask`, of any size, Q and K of them. Each count is 1 or the batch's length B. Where a picture has
     no hole, its context mask alone places the region, and without that it is at the centre. `feather` gives the hole a soft
     edge of so many pixels of the picture, outside of it, which `stitch` blends by; the crop's mask is then 1 in all of it, so
-    that what is blended is new throughout. Without a feather, gray stays the weight that `stitch` blends by.
+    that what is blended is new throughout. Without a feather, gray stays the weight that `stitch` blends by. With `fill_box` all
+    of the hole's box is hole, as LAR-Gen's release does for a prompt with a subject.
 
     Returns the crops [B, height, width, C], their masks [B, height, width], both in [0, 1], and what `stitch` needs. Beyond
     the picture a crop and its mask are mirrored (edge pixel not repeated): a hole at the border goes on, so that nothing
@@ -56,6 +59,8 @@ def crop(
         raise ValueError(f"feather is {feather}, but must be 0 or more, and finite.")
     height, width = pictures.shape[1:3]
     hole = _full_size_mask(mask, "'mask'", pictures)
+    if fill_box:
+        hole = mask_shape(hole, "box", growth=0.0)[:, 0]
     if feather:
         # Through the door once more: the faint end of a wide edge is no hole.
         hole = as_mask_batch(feather_mask(hole, feather, "outside", "smooth"))[:, 0]

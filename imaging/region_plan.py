@@ -60,6 +60,19 @@ class RegionSettings:
     max_upscale: float = 4.0
     forced_size: tuple[int, int] | None = None
 
+    @staticmethod
+    def zoom_in(native_size: int, multiple: int = 8) -> RegionSettings:
+        """LAR-Gen's zoom-in (section 3.1): the hole's box times 1.3, made square, at the model's native size."""
+        return RegionSettings(
+            native_size=native_size,
+            multiple=multiple,
+            context_percent=15.0,
+            context_pixels=0,
+            min_side=1,
+            max_aspect=1.0,
+            max_upscale=float(native_size),
+        )
+
     def __post_init__(self) -> None:
         forced = self.forced_size
         rules = (

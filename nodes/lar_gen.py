@@ -16,6 +16,7 @@ from ..model_patches.lar_gen.reference import Refine
 from ..model_patches.lar_gen.resampler import Resampler
 from ..model_patches.lar_gen.subject import Subject, clip_states, squares
 from ..weights import lar_gen
+from ..weights.demo_subject import load_demo_subject
 from ..weights.files import SUFFIXES
 from .model_files import ModelFiles
 from .schema import check_window, end_percent_input, start_percent_input
@@ -119,6 +120,42 @@ class TrueFillLoadLARGen(io.ComfyNode):
         parts = lar_gen.read_checkpoint(CHECKPOINTS.path(checkpoint))
         *loaded, pooled = load_checkpoint(parts.base, parts.vision, checkpoint)
         return io.NodeOutput(*loaded, Adapter.of(parts.subject, checkpoint, pooled))
+
+
+class TrueFillDemoSubjectModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TrueFillDemoSubjectModel",
+            display_name="Demo Subject Model (TrueFill)",
+            category="TrueFill/0 load",
+            description="The demo model that has learned to read a subject: LAR-Gen in small, which ships with TrueFill, so that "
+            "a graph with a subject runs without a download. It knows one toy world of 256x256 pictures, and subjects of its "
+            "shapes with surfaces that no word names.",
+            search_aliases=[
+                "load checkpoint",
+                "tiny model",
+                "test model",
+                "try without downloads",
+                "lar-gen",
+                "subject",
+            ],
+            inputs=[],
+            outputs=[
+                io.Model.Output(tooltip="The model: 9 input channels."),
+                io.Clip.Output(tooltip="Its text encoder."),
+                io.Vae.Output(tooltip="Its autoencoder."),
+                io.ClipVision.Output(tooltip="Its CLIP Vision, for Encode Subject."),
+                AdapterType.Output(display_name="SUBJECT_ADAPTER", tooltip="The weights, for Assign and Refine."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        demo = load_demo_subject()
+        branch = Branch(model=demo.branch, **demo.weights.detail)
+        adapter = Adapter(Resampler.from_tensors(demo.weights.resampler), demo.weights, branch)
+        return io.NodeOutput(demo.model, demo.clip, demo.vae, demo.vision, adapter)
 
 
 class TrueFillEncodeSubject(io.ComfyNode):
@@ -345,9 +382,16 @@ class TrueFillRefine(io.ComfyNode):
             is_one=subject.is_one,
             reuse=reuse,
             branch=branch,
-            details=None if branch is None else subject.branch_details(),
+            details=None if branch is None else subject.branch_details(branch.weight.shape[1]),
         )
         return io.NodeOutput(with_method(model, settings))
 
 
-NODES = [TrueFillLoadSubjectAdapter, TrueFillLoadLARGen, TrueFillEncodeSubject, TrueFillAssign, TrueFillRefine]
+NODES = [
+    TrueFillLoadSubjectAdapter,
+    TrueFillLoadLARGen,
+    TrueFillDemoSubjectModel,
+    TrueFillEncodeSubject,
+    TrueFillAssign,
+    TrueFillRefine,
+]

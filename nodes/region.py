@@ -9,6 +9,8 @@ from ..imaging.masks import log_noise
 from ..imaging.region import crop
 from ..imaging.region_plan import RegionSettings
 
+AS_SET, ZOOM_IN = "as set above", "LAR-Gen's zoom-in"
+
 RegionType = io.Custom("REGION")
 """What Crop Region remembers for Stitch Region: an `imaging.region.Region`."""
 
@@ -126,6 +128,20 @@ class TrueFillCropRegion(io.ComfyNode):
                     advanced=True,
                     tooltip="Exactly this height, with a width. 0: as native_size says.",
                 ),
+                io.Combo.Input(
+                    "framing",
+                    options=[AS_SET, ZOOM_IN],
+                    default=AS_SET,
+                    advanced=True,
+                    tooltip="LAR-Gen's zoom-in: a square, 1.3 times the hole's box, at native_size, in the place of what the "
+                    "inputs from context_percent to height say, but for feather and multiple.",
+                ),
+                io.Boolean.Input(
+                    "fill_box",
+                    default=False,
+                    advanced=True,
+                    tooltip="All of the hole's box is hole: room for a subject whose shape differs from the mask's.",
+                ),
                 io.Mask.Input(
                     "context_mask",
                     optional=True,
@@ -154,13 +170,15 @@ class TrueFillCropRegion(io.ComfyNode):
         multiple: int,
         width: int,
         height: int,
+        framing: str,
+        fill_box: bool,
         context_mask: io.Mask.Type | None = None,
     ) -> io.NodeOutput:
         if bool(width) != bool(height):
             raise ValueError(f"The crop's size is {width} x {height}: give both width and height, or leave both at 0.")
         if width % multiple or height % multiple:
             raise ValueError(f"The crop's size is {width} x {height}, but both have to be a multiple of {multiple}.")
-        settings = RegionSettings(
+        as_set = RegionSettings(
             native_size=native_size,
             multiple=multiple,
             context_percent=context_percent,
@@ -170,8 +188,9 @@ class TrueFillCropRegion(io.ComfyNode):
             max_upscale=max_upscale,
             forced_size=(height, width) if width else None,
         )
+        settings = RegionSettings.zoom_in(native_size, multiple) if framing == ZOOM_IN else as_set
         log_noise("Crop Region", mask=mask, context_mask=context_mask)
-        return io.NodeOutput(*crop(image, mask, settings, context_mask, feather))
+        return io.NodeOutput(*crop(image, mask, settings, context_mask, feather, fill_box))
 
 
 class TrueFillFillHole(io.ComfyNode):

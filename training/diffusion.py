@@ -21,13 +21,17 @@ def signal_shares(device: torch.device = _CPU) -> torch.Tensor:
 
 
 def noise_loss(
-    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], latents: torch.Tensor, generator: torch.Generator
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    latents: torch.Tensor,
+    generator: torch.Generator,
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The error of predicted noise, weighted by min(SNR, 5) / SNR.
 
     That weight (Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy") takes effort from the last bit of
     noise, which is texture, and leaves it to the noisy steps, in which shapes are decided. `predict` maps noisy latents
-    [B, 4, H, W] and time steps [B] to the noise; `latents` are the clean ones; `generator` lives on the CPU.
+    [B, 4, H, W] and time steps [B] to the noise; `latents` are the clean ones; `generator` lives on the CPU. `weight`
+    [B, 1, H, W] says how much each cell counts; without one all count the same.
     """
     count, device = len(latents), latents.device
     # One from each of B equal parts of the schedule: as random for each picture, and less so for the mean of a batch.
@@ -36,7 +40,10 @@ def noise_loss(
     noise = torch.randn(latents.shape, generator=generator).to(device)
     share = signal_shares(device)[times]
     noisy = share.sqrt()[:, None, None, None] * latents + (1 - share).sqrt()[:, None, None, None] * noise
-    error = (predict(noisy, times).float() - noise).square().mean(dim=(1, 2, 3))
+    error = (predict(noisy, times).float() - noise).square().mean(dim=1, keepdim=True)
+    if weight is not None:
+        error = error * weight / weight.mean(dim=(1, 2, 3), keepdim=True)
+    error = error.mean(dim=(1, 2, 3))
     snr = share / (1 - share)
     return (error * (snr.clamp(max=_SNR_LIMIT) / snr)).mean()
 

@@ -81,7 +81,12 @@ def _model_config(in_channels: int) -> comfy.supported_models.SD15:
 
 def read(network: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
     """The state dict of one of FILES; raises FileNotFoundError where the folder has no such file."""
-    path = folder / FILES[network]
+    return read_file(FILES[network], folder)
+
+
+def read_file(name: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
+    """The state dict of one of the demo model's files; raises FileNotFoundError where the folder has no such file."""
+    path = folder / name
     if not path.is_file():
         raise FileNotFoundError(
             f"The folder {folder} has no {path.name}: `python dev.py train export` writes the demo model's files."

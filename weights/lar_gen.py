@@ -77,8 +77,8 @@ def read_subject_weights(path: str | Path) -> SubjectWeights:
     return subject_weights(read_tensors(path, WHERE_TO_GET, nested=True), path.name)
 
 
-def subject_weights(state: Mapping[str, torch.Tensor], name: str) -> SubjectWeights:
-    """The weights among a file's tensors. Raises ValueError that begins with the file's `name`."""
+def subject_weights(state: Mapping[str, torch.Tensor], name: str, clip_width: int = CLIP_WIDTH) -> SubjectWeights:
+    """The weights among a file's tensors, for a CLIP of that width. Raises ValueError that begins with the file's `name`."""
     for part, what in _OTHERS:
         if any(part in key for key in state):
             raise ValueError(_wrong(name, what))
@@ -88,9 +88,9 @@ def subject_weights(state: Mapping[str, torch.Tensor], name: str) -> SubjectWeig
         raise ValueError(_wrong(name, "a file without projections to_k_ip and to_v_ip"))
     if "proj_in.weight" not in resampler or "latents" not in resampler:
         raise ValueError(_wrong(name, "a file without a resampler (image_proj)"))
-    if (width := resampler["proj_in.weight"].shape[1]) != CLIP_WIDTH:
+    if (width := resampler["proj_in.weight"].shape[1]) != clip_width:
         raise ValueError(
-            _wrong(name, f"made for a CLIP vision model whose states have {width} numbers, not ViT-H's {CLIP_WIDTH}")
+            _wrong(name, f"made for a CLIP vision model whose states have {width} numbers, not ViT-H's {clip_width}")
         )
     pairs = {**numbered, **named}
     if lonely := [place for place, pair in pairs.items() if len(pair) != 2]:

@@ -10,15 +10,14 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 
-from .subject import WIDTH
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Branch:
     """Settings.
 
     model: a MODEL whose UNet has 4 input channels; its output layers are never run.
-    weight, bias: [text width, 1280] and [text width], which make the branch's text of CLIP's last states ("patch projector").
+    weight, bias: [text width, CLIP's width] and [text width], which make the branch's text of CLIP's last states ("patch
+        projector").
     pooled: [1, P], SDXL's pooled text of the empty prompt, which the branch is told of instead of the prompt's; None where the
         family has none.
     """
@@ -39,10 +38,10 @@ def branch_from_tensors(
 
     Raises ValueError, in one sentence that begins with the file's `name`.
     """
-    if not {"weight", "bias"} <= detail.keys() or detail["weight"].shape[1] != WIDTH:
+    if not {"weight", "bias"} <= detail.keys():
         raise ValueError(
-            f"{name} has a reference network without a detail projection (patch_projector) for CLIP ViT-H: it is incomplete or "
-            "changed; download it again."
+            f"{name} has a reference network without a detail projection (patch_projector): it is incomplete or changed; "
+            "download it again."
         )
     model = comfy.sd.load_diffusion_model_state_dict({**_output_layers(tensors), **tensors})
     unet = None if model is None else model.model.diffusion_model

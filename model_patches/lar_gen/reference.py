@@ -13,7 +13,7 @@ subject is hole.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -48,7 +48,7 @@ class Refine(Method):
     is_one: they are views of one subject, which are read together; else one subject for all pictures or one for each.
     reuse: a branch's features are used for so many noise levels; more than 1 is an approximation.
     branch: a trained reference network; None is the UNet itself.
-    details: CLIP's last states of the subject, [S, tokens, 1280], which a trained one reads.
+    details: CLIP's last states of the subject, [S, tokens, width], which a trained one reads.
     mask: [B, 1, H, W], 1 = where the subject is read; everywhere without one, as released.
     """
 
@@ -153,7 +153,9 @@ class RefineRun(MethodRun):
         x, context = (torch.cat(parts) for parts in zip(*((of.x, of.text.context) for of in passes), strict=True))
         ys = [of.text.y for of in passes if of.text.y is not None]
         unet = call.unet if self._settings.branch is None else self._branch_model().diffusion_model
-        features = decoder_inputs(unet, x, call.timesteps, context, torch.cat(ys) if ys else None)
+        # All rows of a call have one timestep.
+        timesteps = as_ordinary(call.timesteps)[:1].expand(len(x))
+        features = decoder_inputs(unet, x, timesteps, context, torch.cat(ys) if ys else None)
         parts = {place: of.split([len(one.x) for one in passes]) for place, of in features.items()}
         return [
             {place: of[number].reshape(one.groups, -1, of[number].shape[2]) for place, of in parts.items()}
@@ -209,9 +211,14 @@ def _read_places(unet: Any) -> list[TransformerPlace]:
 
 
 def decoder_inputs(
-    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None
+    unet: Any,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: torch.Tensor,
+    y: torch.Tensor | None,
+    options: Mapping[str, Any] | None = None,
 ) -> Features:
-    """A pass of a UNet up to the last self-attention of its decoder: their inputs n'. All rows have the first timestep."""
+    """A pass of a UNet up to the last self-attention of its decoder: their inputs n'. `options` are the host's for a call."""
     places = {t.place for t in _read_places(unet)}
     found: Features = {}
 
@@ -226,7 +233,7 @@ def decoder_inputs(
         return n, context, value
 
     with suppress(_AllStored):
-        unet(x, as_ordinary(timesteps)[:1].expand(len(x)), context, y, None, {"patches": {"attn1_patch": [store]}})
+        unet(x, timesteps, context, y, None, {**(options or {}), "patches": {"attn1_patch": [store]}})
     return found
 
 

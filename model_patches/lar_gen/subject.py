@@ -12,17 +12,15 @@ import torch
 from ...imaging.subject import CLIP_SIDE, for_branch, for_clip
 from .resampler import Resampler
 
-WIDTH = 1280
-"""Of ViT-H's states."""
 WHERE_TO_GET = "https://huggingface.co/h94/IP-Adapter/resolve/main/models/image_encoder/model.safetensors"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class States:
-    """CLIP's states [S, 257, 1280] of S pictures.
+    """CLIP's states [S, patches + 1, width] of S pictures: [S, 257, 1280] of ViT-H.
 
     own: the last but one layer's, which Assign reads.
-    nothing: the same of an all-zero picture (after normalizing), [1, 257, 1280], for negative prompts.
+    nothing: the same of an all-zero picture (after normalizing), [1, patches + 1, width], for negative prompts.
     details: the last layer's, before the final norm, which a trained Refine reads.
     """
 
@@ -47,14 +45,9 @@ class Subject:
         """The subjects' tokens [S, n, width], for views of one side by side, [1, S n, width]; and as many of nothing.
 
         Nothing's are repeated for views, to which attention is the same. Raises ValueError, in one sentence, for a subject that
-        CLIP has not seen.
+        CLIP has not seen, or another CLIP than the resampler's.
         """
-        states = self.states
-        if states is None:
-            raise ValueError(
-                "Assign reads what CLIP sees of the subject, and this one was encoded without: connect Load CLIP Vision to "
-                f"Encode Subject, with CLIP ViT-H ({WHERE_TO_GET}) in models/clip_vision."
-            )
+        states = self._seen_by(resampler.proj_in.in_features, "Assign", "adapter")
         device = comfy.model_management.get_torch_device()
         resampler = resampler.to(device)
         with torch.no_grad():
@@ -63,14 +56,24 @@ class Subject:
             return own, nothing
         return own.flatten(0, 1)[None], nothing.repeat(1, len(own), 1)
 
-    def branch_details(self) -> torch.Tensor:
-        """What a trained reference network reads in the place of text. Raises ValueError where CLIP has not seen the subject."""
+    def branch_details(self, width: int) -> torch.Tensor:
+        """What a trained reference network reads in the place of text, states of that width. Raises ValueError as `tokens`."""
+        return self._seen_by(width, "Refine", "reference network").details
+
+    def _seen_by(self, width: int, who: str, what: str) -> States:
+        """CLIP's states of that width."""
         if self.states is None:
             raise ValueError(
-                "Refine's reference network reads what CLIP sees of the subject, and this one was encoded without: connect Load "
-                f"CLIP Vision to Encode Subject, with CLIP ViT-H ({WHERE_TO_GET}) in models/clip_vision."
+                f"{who}'s {what} reads what CLIP sees of the subject, and this one was encoded without: connect Load CLIP Vision "
+                f"to Encode Subject, with CLIP ViT-H ({WHERE_TO_GET}) in models/clip_vision."
             )
-        return self.states.details
+        if (given := self.states.own.shape[2]) != width:
+            raise ValueError(
+                f"{who}'s {what} reads what a CLIP Vision of width {width} sees, and the subject was shown to one of width "
+                f"{given}: connect the one that belongs to the {what} to Encode Subject; published ones read CLIP ViT-H (width "
+                f"1280), {WHERE_TO_GET} in models/clip_vision."
+            )
+        return self.states
 
     def branch_latents(self) -> torch.Tensor:
         """`latents`. Raises ValueError, in one sentence, where there are none."""
@@ -85,12 +88,12 @@ class Subject:
 def clip_states(clip_vision: Any, subjects: Sequence[torch.Tensor]) -> States:
     """Looks at subjects on white, [h, w, 3] each (`imaging.subject.cut_out`), with a host CLIP_VISION.
 
-    Raises ValueError, in one sentence, for a vision model that is not CLIP ViT-H.
+    Raises ValueError, in one sentence, for a vision model that is not CLIP.
     """
-    if (width := clip_vision.config.get("hidden_size")) != WIDTH or clip_vision.model_type != "clip_vision_model":
+    if clip_vision.model_type != "clip_vision_model":
         raise ValueError(
-            f"Encode Subject was given a vision model of width {width} ({clip_vision.model_type}), and needs CLIP ViT-H, of "
-            f"width {WIDTH}: put a file such as {WHERE_TO_GET} into models/clip_vision and load it."
+            f"Encode Subject was given a vision model of another kind ({clip_vision.model_type}), and needs CLIP ViT-H: put a "
+            f"file such as {WHERE_TO_GET} into models/clip_vision and load it."
         )
     squares = torch.stack([for_clip(subject) for subject in subjects])
     seen = clip_vision.encode_image(squares, crop=False)

@@ -36,6 +36,8 @@ def crop(**inputs: Any) -> dict[str, Any]:
             "multiple": 8,
             "width": 0,
             "height": 0,
+            "framing": "as set above",
+            "fill_box": False,
             **inputs,
         },
     )

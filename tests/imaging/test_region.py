@@ -545,3 +545,21 @@ def test_what_may_change_is_all_that_changes(job: Any, rule: Any, feather: float
         assert torch.equal(picture[kept], before[kept])
         assert (changed[index][mask[index % len(mask)] > 0] == 1).all()
     assert torch.equal(crop_masks.flatten(1).any(1), changed[: len(crops)].flatten(1).any(1))
+
+
+def test_the_box_of_a_hole_may_be_hole_as_well() -> None:
+    """Each picture's own box, before the soft edge; an empty mask stays empty; what is outside comes back bit for bit."""
+    pictures = random_pictures(2, 60, 80)
+    mask = torch.zeros(2, 60, 80)
+    mask[0, 20, 30:50], mask[0, 20:40, 49] = 1.0, 0.5
+    settings = Settings(native_size=64, context_pixels=8)
+    crops, masks_of_crops, taken = region.crop(pictures, mask, settings, fill_box=True)
+    expected = mask_of((60, 80), (30, 20, 50, 40), None)
+    assert torch.equal(taken.mask, expected)
+    assert taken.plan == region.crop(pictures, mask, settings)[2].plan
+    assert masks_of_crops[0].sum() > 0 and masks_of_crops[1].sum() == 0
+    stitched = region.stitch(taken, 1.0 - crops)
+    known = expected == 0
+    assert torch.equal(stitched[known], pictures[known]) and not torch.equal(stitched, pictures)
+    soft = region.crop(pictures, mask, settings, feather=6.0, fill_box=True)[2].mask
+    assert torch.equal(soft == 1.0, expected == 1.0) and (soft > 0).sum() > expected.sum()

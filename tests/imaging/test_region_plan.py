@@ -291,3 +291,31 @@ def test_boxes_that_fit_no_picture_are_refused(boxes: Any, size: tuple[int, int]
     with pytest.raises(ValueError, match=r"pixel") as refused:
         region_plan.plan(boxes, size, Settings())
     assert one_sentence(refused)
+
+
+def literal_zoom_in(left: int, top: int, right: int, bottom: int, width: int, height: int) -> tuple[float, ...]:
+    """LAR-Gen, section 3.1: the box times 1.3 about its centre, clamped, made square on the longer side, clamped again."""
+    x, y, w, h = (left + right) / 2, (top + bottom) / 2, 1.3 * (right - left), 1.3 * (bottom - top)
+    x0, x1 = max(x - w / 2, 0), min(x + w / 2, width)
+    y0, y1 = max(y - h / 2, 0), min(y + h / 2, height)
+    side = max(x1 - x0, y1 - y0)
+    x, y = (x0 + x1) / 2, (y0 + y1) / 2
+    return max(x - side / 2, 0), max(y - side / 2, 0), min(x + side / 2, width), min(y + side / 2, height)
+
+
+@given(data=st.data(), width=st.integers(64, 900), height=st.integers(64, 900))
+def test_zoom_in_is_lar_gens_square(data: st.DataObject, width: int, height: int) -> None:
+    """It holds what LAR-Gen's has, to a pixel, is a square at the native size, and is no larger than it has to be."""
+    left, top = data.draw(st.integers(0, width - 10)), data.draw(st.integers(0, height - 10))
+    right, bottom = data.draw(st.integers(left + 10, width)), data.draw(st.integers(top + 10, height))
+    made = region_plan.plan([Box(left, top, right, bottom)], (height, width), Settings.zoom_in(512))
+    (box,) = made.boxes
+    assert made.size[0] == made.size[1] and box.width == box.height
+    theirs = literal_zoom_in(left, top, right, bottom, width, height)
+    side = max(theirs[2] - theirs[0], theirs[3] - theirs[1])
+    assert side - 1 <= box.width < side + 10
+    # Near a border ours is moved into the picture, where theirs is cut and padded: it sees as much and more.
+    assert box.left <= theirs[0] + 1 and box.top <= theirs[1] + 1
+    assert box.right >= theirs[2] - 1 and box.bottom >= theirs[3] - 1
+    # Within a cell of the native size nothing is resampled.
+    assert made.size == (512, 512) or (made.size == made.box_size and abs(made.size[0] - 512) < 16)

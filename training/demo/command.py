@@ -31,6 +31,10 @@ DEFAULTS = {
     "inpaint": Settings(steps=4_500, batch=16, learning_rate=5e-4),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
     "segmenter": Settings(steps=8_000, batch=4, learning_rate=5e-4),
+    "subject-vision": Settings(steps=800, batch=48, learning_rate=1e-3),
+    "subject-likeness": Settings(steps=1_500, batch=48, learning_rate=1e-3),
+    "subject-assign": Settings(steps=6_000, batch=16, learning_rate=5e-4),
+    "subject-refine": Settings(steps=3_000, batch=16, learning_rate=5e-4),
 }
 
 
@@ -51,6 +55,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="default: 0")
     parser.add_argument(
         "--scenes", type=positive, default=16_384, help="scenes that are encoded (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quadruples", type=positive, default=8_192, help="subjects that are encoded (default: %(default)s)"
     )
     parser.add_argument(
         "--device",

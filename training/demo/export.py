@@ -12,10 +12,18 @@ import torch
 from safetensors.torch import save_file
 
 from ...weights.demo_model import FILES, LATENT_SCALE, SEGMENTER_FILE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
+from ...weights.demo_subject import FILE as SUBJECT_FILE
+from ...weights.demo_subject import LIKENESS_FILE
+from ..lar_gen.export import subject_state
+from ..lar_gen.stages import ASSIGN, LIKENESS, REFINE, VISION
 from ..loop import averaged_weights
 from ..world.attributes import WORLD_VERSION
 from .narrow_taesd import widen
 from .vocabulary import world_vocabulary
+
+# The stages that a file needs, where they are not called like it; and those that add to it.
+_STAGES = {"text": ("text2image",), "likeness": (LIKENESS,), "subject": (VISION, ASSIGN)}
+_MORE_STAGES = {"subject": (REFINE,)}
 
 
 def _half(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -63,23 +71,33 @@ def export(runs: Path, out: Path) -> list[Path]:
         )
     stages: dict[str, Any] = recipe["stages"]
     written: list[Path] = []
-    for name, file in {**FILES, "segmenter": SEGMENTER_FILE}.items():
-        stage = runs / ("text2image" if name == "text" else name)
-        if not (stage / "checkpoint.pt").is_file():
+    for name, file in {
+        **FILES,
+        "segmenter": SEGMENTER_FILE,
+        "likeness": LIKENESS_FILE,
+        "subject": SUBJECT_FILE,
+    }.items():
+        needed = _STAGES.get(name, (name,))
+        if not all((runs / stage / "checkpoint.pt").is_file() for stage in needed):
             continue
         path = out / file
+        stage = runs / needed[0]
         if name == "vae":
             write_vae(averaged_weights(stage, "vae"), path)
         elif name == "text":
             write_text(averaged_weights(stage, "text"), world_vocabulary().token_ids, path)
-        elif name in ("classifier", "segmenter"):
+        elif name == "subject":
+            save_file(_half(subject_state(runs)), path)
+        elif name in ("classifier", "segmenter", "likeness"):
             save_file(_half(averaged_weights(stage, name)), path)
         else:
             write_unet(averaged_weights(stage, "unet"), path)
         written.append(path)
-        stages[stage.name] = _record(stage)
-        if (curves := stage / "losses.png").is_file():
-            shutil.copyfile(curves, out / f"losses_{stage.name}.png")
+        for stage in (runs / which for which in (*needed, *_MORE_STAGES.get(name, ()))):
+            if (stage / "checkpoint.pt").is_file():
+                stages[stage.name] = _record(stage)
+            if (curves := stage / "losses.png").is_file():
+                shutil.copyfile(curves, out / f"losses_{stage.name}.png")
     if not written:
         raise FileNotFoundError(f"No stage in {runs} has a checkpoint: train one first.")
     recipe["torch"] = torch.__version__

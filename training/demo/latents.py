@@ -67,7 +67,8 @@ def encode(vae: NarrowTAESD, pixels: torch.Tensor, device: torch.device, bfloat1
         return vae.encode(pixels.to(device)).half().cpu()
 
 
-def _write(path: Path, **arrays: torch.Tensor) -> None:
+def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
+    """Write a file of arrays, which is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
@@ -118,7 +119,7 @@ def load_latents(
             if should_stop():
                 return None
             report(done, len(needed))
-            _write(path, **_encode_shard(vae, split, first, kind == "masked", device))
+            write_arrays(path, **_encode_shard(vae, split, first, kind == "masked", device))
     found: dict[str, list[torch.Tensor]] = {}
     for path in paths:
         with np.load(path) as arrays:

@@ -109,3 +109,11 @@ def widen(state: Mapping[str, torch.Tensor], latent_scale: float) -> dict[str, t
         wide[name][tuple(slice(0, length) for length in tensor.shape)] = tensor.float().cpu()
     wide["vae_scale"].fill_(latent_scale)
     return wide
+
+
+def narrow(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of the NarrowTAESD that `widen` made this one of, in float32."""
+    shapes = {name: tensor.shape for name, tensor in NarrowTAESD().state_dict().items()}
+    return {
+        name: state[name][tuple(slice(0, length) for length in shape)].float().clone() for name, shape in shapes.items()
+    }

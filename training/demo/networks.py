@@ -32,19 +32,20 @@ def plain_attention(
     return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def _plain_override(
+def plain_override(
     host_attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, **_: Any
 ) -> torch.Tensor:
+    """`plain_attention` in the place of the host's, for `optimized_attention_override`."""
     return plain_attention(q, k, v, heads)
 
 
 def predict_noise(unet: UNetModel, x: torch.Tensor, times: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """The UNet's prediction [B, 4, H, W] for its input [B, 4 or 9, H, W], time steps [B] and context [B, 77, 192]."""
-    options = {"optimized_attention_override": _plain_override} if x.device.type == "cpu" else {}
+    options = {"optimized_attention_override": plain_override} if x.device.type == "cpu" else {}
     return unet(x, times, context, transformer_options=options)
 
 
-def _initialise(module: nn.Module, seed: int) -> None:
+def initialise(module: nn.Module, seed: int) -> None:
     """Fill a host network, which leaves its weights as they lay in memory, as torch would; on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     for name, child in module.named_modules():
@@ -65,7 +66,7 @@ def _initialise(module: nn.Module, seed: int) -> None:
 def new_unet(in_channels: int, seed: int) -> UNetModel:
     """A UNet with fresh weights, in float32 on the CPU."""
     unet = UNetModel(**unet_config(in_channels), operations=comfy.ops.disable_weight_init)
-    _initialise(unet, seed)
+    initialise(unet, seed)
     return unet.requires_grad_(True)
 
 
@@ -88,7 +89,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.text_model = CLIPTextModel_(TEXT_CONFIG, torch.float32, "cpu", comfy.ops.disable_weight_init)
         self.text_model.embeddings.token_embedding = nn.Embedding(len(vocabulary.token_ids) + 1, CONTEXT_DIM)
-        _initialise(self, seed)
+        initialise(self, seed)
         self.requires_grad_(True)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:

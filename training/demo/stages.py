@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..lar_gen.stages import subject_task
 from ..loop import Progress, Settings, Task, Trainer, averaged_weights
 from . import export as exporting
 from . import samples as grids
@@ -93,6 +94,8 @@ def make_task(
         return ClassifierTask(settings.seed)
     if options.stage == "segmenter":
         return SegmenterTask(settings.seed)
+    if options.stage.startswith("subject-"):
+        return subject_task(options.stage, options.runs, options.quadruples, settings.seed, device, stop, console.show)
     holes = options.stage == "inpaint"
     vae = trained_vae(options.runs, device)
     sets = []

@@ -33,7 +33,8 @@ def cut(picture: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarr
     return np.asarray(Image.fromarray(picture).resize((CROP, CROP), Image.Resampling.BILINEAR, box=box))
 
 
-def _square(x: float, y: float, side: float) -> tuple[float, float, float, float]:
+def square(x: float, y: float, side: float) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) of a square about a point, moved and shrunk to lie in the picture."""
     side = min(side, SIZE)
     left = float(np.clip(x - side / 2, 0, SIZE - side))
     top = float(np.clip(y - side / 2, 0, SIZE - side))
@@ -45,11 +46,11 @@ def _empty_box(rng: np.random.Generator, layout: Layout) -> tuple[float, float, 
         side = rng.uniform(60, 130)
         x, y = rng.uniform(side / 2, SIZE - side / 2, 2)
         if all(np.hypot(x - item.x, y - item.y) > 0.9 * item.radius + 0.45 * side for item in layout.objects):
-            return _square(x, y, side)
+            return square(x, y, side)
     return None
 
 
-def _worn(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def worn_out(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """As a decoder or a sampler might have left it: softer, noisier, in slightly other colours."""
     if rng.random() < 0.4:
         softened = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.1)))
@@ -75,7 +76,7 @@ def make_crop(split: str, index: int, worn: bool = True) -> Crop:
         reach = 0.4 * (side - size) + 0.05 * size
         middle = np.asarray([(left + right) / 2, (top + bottom) / 2])
         x, y = middle + rng.uniform(-reach, reach, 2)
-        box = _square(x, y, side)
+        box = square(x, y, side)
         labels = (SHAPES.index(item.shape), tuple(COLOURS).index(item.colour), PATTERNS.index(item.pattern))
     picture = cut(scene.picture, box)
-    return Crop(_worn(picture, rng) if worn else picture, *labels)
+    return Crop(worn_out(picture, rng) if worn else picture, *labels)

@@ -64,8 +64,8 @@ class Quadruple:
     """A task: put the subject of `reference` into the hole.
 
     `picture` is the truth, `scene` the same without the subject, both uint8 [256, 256, 3]; `hole` bool [256, 256] covers it.
-    `reference` is another picture, with the subject at `reference_mask`. `number` says which subject of its split it is, and
-    `prompt` what words can say of it.
+    `reference` is another picture, with the subject at `reference_mask`. `number` says which subject of its split it is, `prompt`
+    what words can say of it, and `view` how it is seen in the truth.
     """
 
     picture: np.ndarray
@@ -75,6 +75,7 @@ class Quadruple:
     reference_mask: np.ndarray
     prompt: str
     number: int
+    view: View
 
 
 def look_of(split: str, number: int) -> Look:
@@ -180,7 +181,25 @@ def make_quadruple(split: str, index: int, number: int) -> Quadruple:
     seen = _view(rng, rng.uniform(112, 144), rng.uniform(112, 144), rng.uniform(80, 100), other)
     reference = paint_background(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], rng)
     mask = paint_subject(reference, look, seen)
-    return Quadruple(_levels(canvas), _levels(scene), hole, _levels(reference), mask, f"a {look.shape}", number)
+    return Quadruple(_levels(canvas), _levels(scene), hole, _levels(reference), mask, f"a {look.shape}", number, view)
+
+
+def with_subject(quadruple: Quadruple, look: Look) -> np.ndarray:
+    """The truth with another subject in its place, seen the same way: uint8 [256, 256, 3]."""
+    canvas = quadruple.scene.astype(np.float32)
+    paint_subject(canvas, look, quadruple.view)
+    return _levels(canvas)
+
+
+def make_portrait(look: Look, rng: np.random.Generator, background: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """A view of a subject alone, uint8 [256, 256, 3], and its mask; on gray where no background is named."""
+    radius = rng.uniform(45, 100)
+    reach = max(SIZE / 2 - 1.2 * radius, 8.0)
+    x, y = SIZE / 2 + rng.uniform(-reach, reach, 2)
+    gray = np.full((SIZE, SIZE, 3), rng.uniform(20, 235), dtype=np.float32)
+    canvas = gray if background is None else paint_background(background, rng)
+    mask = paint_subject(canvas, look, _view(rng, x, y, radius, rng.uniform(-90, 90)))
+    return _levels(canvas), mask
 
 
 def _levels(canvas: np.ndarray) -> np.ndarray:

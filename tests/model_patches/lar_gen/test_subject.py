@@ -102,14 +102,27 @@ def test_tokens_of_several_subjects_and_of_views_of_one(vision: Any) -> None:
 
 @pytest.mark.parametrize("width", [1024, 1664], ids=["ViT-L", "bigG"])
 def test_another_vision_model_gets_one_sentence(width: int) -> None:
-    said = rf"^Encode Subject was given a vision model of width {width} \(clip_vision_model\), and needs CLIP ViT-H.*https://"
-    with pytest.raises(ValueError, match=said):
-        subject.clip_states(small_vision(width), subjects())
+    with torch.inference_mode():
+        states = subject.clip_states(small_vision(width), subjects()[:1])
+    seen = subject.Subject(states=states, latents=None, is_one=True)
+    said = rf"reads what a CLIP Vision of width 1280 sees, .* of width {width}: .* CLIP ViT-H .*https://.*models/clip_vision\.$"
+    with pytest.raises(ValueError, match=f"^Assign's adapter {said}"):
+        seen.tokens(Resampler.from_tensors(random_resampler(output=24)))
+    with pytest.raises(ValueError, match=f"^Refine's reference network {said}"):
+        seen.branch_details(1280)
+
+
+def test_what_is_no_clip_gets_one_sentence(vision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision, "model_type", "siglip_vision_model")
+    with pytest.raises(
+        ValueError, match=r"^Encode Subject was given .* \(siglip_vision_model\), and needs CLIP ViT-H.*https://"
+    ):
+        subject.clip_states(vision, subjects())
 
 
 def test_what_was_not_encoded_gets_one_sentence() -> None:
     blind = subject.Subject(states=None, latents=None, is_one=True)
-    with pytest.raises(ValueError, match=r"^Assign .* Load CLIP Vision .*https://.*models/clip_vision\.$"):
+    with pytest.raises(ValueError, match=r"^Assign.s adapter .* Load CLIP Vision .*https://.*models/clip_vision\.$"):
         blind.tokens(Resampler.from_tensors(random_resampler(output=24)))
     with pytest.raises(ValueError, match=r"^Refine .* VAE to Encode Subject\.$"):
         blind.branch_latents()

@@ -1,0 +1,90 @@
+"""The benchmark of subjects: its table from known outcomes, and a run on untrained weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from devtools.pack import ensure_host, pack_module
+from truefill_testing import demo_subject
+
+ensure_host()
+
+bench = pack_module("evaluation.bench_likeness")
+subjects = pack_module("training.world.subjects")
+SHAPES = pack_module("training.world.attributes").SHAPES
+
+
+def outcome(index: int, likeness: float, found: bool) -> dict:
+    return {"index": index, "likeness": likeness, "found": found, "text": True, "empty": False, "background_error": 0.0}
+
+
+@pytest.mark.quick
+def test_a_row_says_what_came_of_its_subjects() -> None:
+    first = [outcome(index, 0.1, False) for index in range(10)]
+    ours = [outcome(index, 0.1 + 0.1 * index, index < 6) for index in range(10)]
+    row = bench.summary("Assign 1", ours, first)
+    assert row["n"] == 10 and row["likeness"] == pytest.approx(0.55) and row["found"] == 0.6
+    assert row["found_ci95"] == pytest.approx((0.3127, 0.8318), abs=1e-3)
+    # 0, 0.1 ... 0.9: a mean of 0.45 and a deviation of 0.3028.
+    assert row["rise"] == pytest.approx(0.45)
+    assert row["rise_ci95"] == pytest.approx((0.45 - 0.1877, 0.45 + 0.1877), abs=1e-3)
+    assert bench.cells(row)["found"] == "60.0 (31.3 to 83.2)" and bench.cells(row)["text"].startswith("100.0")
+
+
+@pytest.mark.quick
+def test_the_prompt_says_the_shape_or_another_one_or_nothing() -> None:
+    quadruple = subjects.make_quadruple("test", 3, 3)
+    own = quadruple.prompt.split()[-1]
+    assert bench.prompt_of(quadruple, "own") == (f"a {own}", own)
+    prompt, shape = bench.prompt_of(quadruple, "other")
+    assert prompt == f"a {shape}" and shape in SHAPES and shape != own
+    assert bench.prompt_of(quadruple, "none") == ("", own)
+    assert len({bench.other_shape(shape) for shape in SHAPES}) == len(SHAPES)
+
+
+def test_the_truth_is_liker_than_a_stranger(tmp_path: Path) -> None:
+    """By eyes that see mean colors alone, in the place of the trained ones."""
+    eyes = bench.Eyes.__new__(bench.Eyes)
+    eyes._strangers = {}
+    eyes._network = lambda crops: torch.nn.functional.normalize(
+        torch.nn.functional.adaptive_avg_pool2d(crops - crops.mean(), 4).flatten(1), dim=-1
+    )
+    quadruple = subjects.make_quadruple("test", 0, 0)
+    own = eyes.look(quadruple.picture, quadruple.hole)
+    assert own.shape == (48,) and float(own @ own) == pytest.approx(1.0, abs=1e-5)
+    others = eyes.strangers("star")
+    assert others.shape == (19, 48) and eyes.strangers("star") is others
+    assert len({tuple(of.tolist()) for of in others}) == 19
+
+
+def test_a_run_ends_with_a_table_and_goes_on_from_its_outcomes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = demo_subject.write_untrained(tmp_path)
+    kept, table, pictures = tmp_path / "kept.jsonl", tmp_path / "rows.json", tmp_path / "grid.png"
+    arguments = ["bench", "--weights", weights, "--subjects", "2", "--steps", "1", "--outcomes", kept, "--json", table]
+    rows = ["--rows", "text alone", "Assign 1", "Assign 0.3 + Refine trained"]
+    monkeypatch.setattr("sys.argv", [*map(str, arguments), *rows, "--grid", str(pictures)])
+    assert bench.main() == 0
+    found = json.loads(table.read_text())["rows"]
+    assert [row["row"] for row in found] == ["the truth", "a stranger", *rows[1:]]
+    assert all(row["background_max_error"] == 0.0 for row in found if row["row"] != "a stranger")
+    assert found[0]["likeness"] != found[1]["likeness"]
+    likenesses = [row["likeness"] for row in found[2:]]
+    assert len(set(likenesses)) == 3
+    # Subject, hole, three rows and the truth, for two subjects.
+    assert np.asarray(Image.open(pictures)).shape[1] == 6 * 256
+    assert len(kept.read_text().splitlines()) == 6
+    out = capsys.readouterr().out
+    assert "likeness" in out and "the truth" in out
+
+    monkeypatch.setattr("sys.argv", [*map(str, arguments), *rows])
+    monkeypatch.setattr(bench.Bench, "fill", lambda *_: pytest.fail("made again"))
+    assert bench.main() == 0
+    assert [row["likeness"] for row in json.loads(table.read_text())["rows"]][2:] == likenesses

@@ -1,0 +1,245 @@
+"""LAR-Gen's stages: what they train is what the nodes run, and what they are given is what the paper gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from devtools.pack import ensure_host, pack_module
+from truefill_testing import demo_subject
+
+ensure_host()
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+
+export = pack_module("training.lar_gen.export")
+quadruples = pack_module("training.lar_gen.quadruples")
+start = pack_module("training.lar_gen.start")
+vision = pack_module("training.lar_gen.vision")
+diffusion = pack_module("training.diffusion")
+latents = pack_module("training.demo.latents")
+subjects = pack_module("training.world.subjects")
+weights = pack_module("weights.demo_subject")
+reference = pack_module("model_patches.lar_gen.reference")
+SIGMA = 2.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return demo_subject.write_untrained(tmp_path_factory.mktemp("subject"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Any:
+    return weights.load_demo_subject(folder)
+
+
+def denoised_by_the_nodes(loaded: Any, task: Any, batch: dict[str, torch.Tensor], beta: float, refine: bool) -> Any:
+    """One step of the host's Euler from SIGMA to 0, of the files that were written: the picture that the model expects."""
+    run = pack_module("model_patches.core.sampling_run")
+    attention = pack_module("model_patches.core.unet_attention")
+    assign = pack_module("model_patches.lar_gen.decoupled_attention").Assign
+    resampler = pack_module("model_patches.lar_gen.resampler").Resampler.from_tensors(loaded.weights.resampler)
+    places = [t.place for t in attention.transformer_places(loaded.model.model.diffusion_model)]
+    settings = assign(
+        strength=beta,
+        subject=resampler(batch["own"]),
+        nothing=resampler(batch["own"][:1]),
+        projections=loaded.weights.by_place(places),
+    )
+    model = run.with_method(loaded.model, settings)
+    scale = pack_module("weights.demo_model").LATENT_SCALE
+    if refine:
+        branch = pack_module("model_patches.lar_gen.branch").Branch(model=loaded.branch, **loaded.weights.detail)
+        settings = reference.Refine(
+            latents=batch["subject"] / scale, is_one=False, branch=branch, details=batch["details"]
+        )
+        model = run.with_method(model, settings)
+    mask, masked = batch["known"][:, :1], batch["known"][:, 1:]
+    text = [[batch["context"][:1], {"concat_latent_image": masked / scale, "concat_mask": mask}]]
+    noise = torch.randn(batch["latents"].shape, generator=torch.Generator().manual_seed(0))
+    sampler = comfy.samplers.sampler_object("euler")
+    made = comfy.sample.sample_custom(
+        model,
+        noise,
+        1.0,
+        sampler,
+        torch.tensor([SIGMA, 0.0]),
+        text,
+        text,
+        batch["latents"] / scale,
+        noise_mask=mask,
+        disable_pbar=True,
+        seed=11,
+    )
+    return made * scale, noise
+
+
+@pytest.mark.parametrize("refine", [False, True], ids=["assign", "assign and refine"])
+def test_what_is_trained_is_what_the_nodes_run(loaded: Any, refine: bool) -> None:
+    """The prediction that a stage is trained by, from its own forward pass, against the nodes on the exported half precision."""
+    *_, first, second = demo_subject.untrained_tasks()
+    task = second if refine else first
+    # One subject and one shape twice, so that the host has one prompt.
+    batch = task._batch(task._train, np.asarray([1, 1]), np.zeros(2, dtype=bool), np.zeros(2, dtype=bool))
+    batch["subject"] = demo_subject.encoded(4).subject[:2].float()
+    beta = 0.3 if refine else 1.0
+    made, noise = denoised_by_the_nodes(loaded, task, batch, beta, refine)
+    sampling = loaded.model.model.model_sampling
+    sigma = torch.full((2,), SIGMA)
+    time = sampling.timestep(sigma).round().long()
+    # The host blends what is known in before it asks the model.
+    x = batch["latents"] + SIGMA * noise
+    scaled = x / (SIGMA**2 + 1) ** 0.5
+    with torch.no_grad():
+        tokens = first.main.resampler(batch["own"])
+        stored = None
+        if refine:
+            branch_noise = reference.reference_noise(11, SIGMA, True, batch["subject"].shape)
+            share = 1.0 / (SIGMA**2 + 1)
+            assert abs(float(diffusion.signal_shares()[time[0]]) - share) < 0.01
+            noisy = (batch["subject"] + SIGMA * branch_noise) * share**0.5
+            stored = second.features(noisy, time, batch["details"])
+        eps = first.main(torch.cat([scaled, batch["known"]], dim=1), time, batch["context"], tokens, beta, stored)
+        without = first.main(torch.cat([scaled, batch["known"]], dim=1), time, batch["context"], tokens, 0.0)
+    expected = x - SIGMA * eps
+    hole = (batch["known"][:, :1] > 0).expand_as(made)
+    error = (made - expected)[hole].abs()
+    # Half precision of weights and states; without the subject it would be another picture.
+    assert float(error.mean()) < 0.1 * float((SIGMA * (eps - without))[hole].abs().mean())
+    assert float((SIGMA * (eps - without))[hole].abs().mean()) > 0.01
+
+
+def test_the_file_is_small_and_has_lar_gens_names(folder: Path) -> None:
+    path = folder / weights.FILE
+    assert path.stat().st_size < 20e6
+    state = load_file(path)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    named = [name for name in state if name.endswith("to_k_ip.weight")]
+    assert "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k_ip.weight" in named and len(named) == 7
+    assert {"patch_projector.weight", "image_proj_model.latents"} <= state.keys()
+    branch = [name for name in state if name.startswith("ref_")]
+    assert len(branch) == 6 * 5 and all(".attn2." in name for name in branch)
+
+
+def test_the_reference_network_is_the_text_to_image_model_but_for_what_was_trained(loaded: Any, folder: Path) -> None:
+    own = loaded.branch.model.diffusion_model.state_dict()
+    base = load_file(folder / "truefill_demo_text2image.safetensors")
+    changed = [
+        name
+        for name, tensor in own.items()
+        if not torch.equal(tensor.float(), base[f"model.diffusion_model.{name}"].float())
+    ]
+    assert len(changed) == 6 * 5 and all(".attn2." in name for name in changed)
+
+
+def test_text_and_subject_are_dropped_each_on_its_own() -> None:
+    _, _, task, _ = demo_subject.untrained_tasks()
+    empty = task._contexts[-1]
+    texts, subjects_dropped, references = [], [], []
+    for step in range(40):
+        batch = task.batch(0, step, 16)
+        texts += [torch.equal(of, empty) for of in batch["context"]]
+        subjects_dropped += [not bool(of.any()) for of in batch["own"]]
+        references += [bool(of.any()) for of in batch["subject"]]
+    for dropped in (texts, subjects_dropped):
+        assert 0.06 < np.mean(dropped) < 0.14
+    both = np.mean(np.asarray(texts) & np.asarray(subjects_dropped))
+    assert 0.0 < both < 0.03
+    # The reference network always sees the subject, as released.
+    assert all(references)
+
+
+def test_only_what_the_paper_trains_moves() -> None:
+    _, _, first, second = demo_subject.untrained_tasks()
+    for task in (first, second):
+        generator = torch.Generator().manual_seed(0)
+        task.losses(task.batch(0, 0, 2), generator)["loss"].backward()
+        grads = {name: parameter.grad for name, parameter in task.networks.named_parameters()}
+        assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads.values()), task.name
+    names = {name.split(".")[0] for name in dict(second.networks.named_parameters())}
+    assert names == {"cross", "detail"}
+    assert all(parameter.grad is None for parameter in second._main.parameters() if not parameter.requires_grad)
+    trained = {id(of) for of in second.networks.parameters()}
+    assert all(id(of) in trained or of.grad is None for of in second._branch.parameters())
+
+
+def test_encoded_quadruples_are_what_the_nodes_encode(tmp_path: Path) -> None:
+    """The hole is gray in the masked picture, the subject lies on white, and a second call reads the files."""
+    encoders = quadruples.Encoders(start.shipped_vae(), vision.Vision(seed=0).eval(), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quadruples, "SHARD", 2)
+        patch.setattr(quadruples, "_AT_ONCE", 2)
+        asked: list[tuple[int, int]] = []
+        paths = quadruples.encode_quadruples(tmp_path, encoders, "dev", 3, report=lambda *of: asked.append(of))
+        assert asked == [(0, 4), (1, 4), (2, 4), (3, 4)]
+        again = quadruples.encode_quadruples(
+            tmp_path, encoders, "dev", 3, report=lambda *of: pytest.fail("encoded again")
+        )
+        assert again == paths
+        assert quadruples.encode_quadruples(tmp_path / "new", encoders, "dev", 3, should_stop=lambda: True) is None
+    found = quadruples.load_quadruples(paths)
+    assert found.clean.shape == found.masked.shape == found.subject.shape == (4, 4, 32, 32)
+    assert found.own.shape == found.details.shape == (4, 65, 160)
+    vae = pack_module("weights.demo_model").host_vae(pack_module("weights.demo_model").read("vae"))
+    scale = pack_module("weights.demo_model").LATENT_SCALE
+    for index in range(4):
+        quadruple = subjects.make_quadruple("dev", index, index)
+        pixels = latents.as_pixels(quadruple.picture[None])
+        hole = torch.from_numpy(quadruple.hole).float()[None, None]
+        (cut,) = pack_module("imaging.subject").cut_out(
+            latents.as_pixels(quadruple.reference[None]).movedim(1, -1),
+            torch.from_numpy(quadruple.reference_mask).float()[None],
+        )
+        white = pack_module("imaging.subject").for_branch(cut, 256)[None]
+        for name, picture in (
+            ("clean", pixels.movedim(1, -1)),
+            ("masked", ((pixels - 0.5) * (1 - hole) + 0.5).movedim(1, -1)),
+            ("subject", white),
+        ):
+            with torch.inference_mode():
+                expected = vae.encode(picture) * scale
+            # bfloat16, as it is encoded.
+            error = (getattr(found, name)[index].float() - expected[0]).abs()
+            assert error.mean() < 0.02, name
+        assert f"a {pack_module('training.world.attributes').SHAPES[int(found.shape[index])]}" == quadruple.prompt
+
+
+def test_the_shipped_autoencoder_is_narrow_again() -> None:
+    narrow_taesd, demo_model = pack_module("training.demo.narrow_taesd"), pack_module("weights.demo_model")
+    state = demo_model.read("vae")
+    again = narrow_taesd.widen(start.shipped_vae().state_dict(), demo_model.LATENT_SCALE)
+    assert again.keys() == {*state, "vae_scale"} or again.keys() == state.keys()
+    assert all(torch.equal(again[name], tensor.float()) for name, tensor in state.items() if name != "vae_scale")
+
+
+@pytest.mark.quick
+def test_a_weighted_loss_is_the_mean_of_the_weighted_errors() -> None:
+    clean, weight = torch.zeros(2, 4, 4, 4), torch.ones(2, 1, 4, 4)
+    weight[:, :, :2] = 4.0
+
+    def predict(x: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        # All noise but for an error of 1 in the upper half.
+        share = diffusion.signal_shares()[times][:, None, None, None]
+        made = x / (1 - share).sqrt()
+        made[:, :, :2] += 1.0
+        return made
+
+    def loss(weight: torch.Tensor | None) -> float:
+        return float(diffusion.noise_loss(predict, clean, torch.Generator().manual_seed(0), weight))
+
+    # 4 of 5 parts of the weight lie in the upper half, which is half of the cells.
+    assert loss(weight) == pytest.approx(loss(None) * (0.8 / 0.5), rel=1e-4)
+    assert loss(torch.full_like(weight, 7.0)) == pytest.approx(loss(None), rel=1e-5)
+
+
+def test_stages_come_in_their_order(tmp_path: Path) -> None:
+    stages = pack_module("training.lar_gen.stages")
+    with pytest.raises(FileNotFoundError, match="train the stage 'subject-vision' first"):
+        stages.subject_task(stages.ASSIGN, tmp_path, 2, 0, torch.device("cpu"), lambda: False, print)

@@ -1,0 +1,79 @@
+"""The stages of LAR-Gen's training: what sees subjects, and what puts them into a hole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..demo.vocabulary import world_vocabulary
+from ..loop import Task, averaged_weights
+from .assign import AssignTask, Data, SubjectUNet
+from .likeness import LikenessTask
+from .quadruples import Encoders, encode_quadruples, load_quadruples
+from .refine import RefineTask
+from .start import shipped_text, shipped_unet, shipped_vae
+from .vision import Vision, VisionTask
+
+DEV_QUADRUPLES = 256
+VISION, ASSIGN, REFINE, LIKENESS = "subject-vision", "subject-assign", "subject-refine", "subject-likeness"
+
+
+def trained_vision(runs: Path) -> Vision:
+    """The first stage's network with its averaged weights, in evaluation mode."""
+    vision = Vision(seed=0)
+    vision.load_state_dict(averaged_weights(runs / VISION, "vision"))
+    return vision.eval().requires_grad_(False)
+
+
+def trained_main(runs: Path) -> SubjectUNet:
+    """The second stage's network with its averaged weights."""
+    main = SubjectUNet(shipped_unet("inpaint", 9), seed=0)
+    main.load_state_dict(averaged_weights(runs / ASSIGN, "main"))
+    return main
+
+
+def subject_task(
+    stage: str,
+    runs: Path,
+    quadruples: int,
+    seed: int,
+    device: torch.device,
+    should_stop: Callable[[], bool],
+    show: Callable[[str], None],
+) -> Task | None:
+    """The task of a stage; None where the user ended it while the quadruples were encoded.
+
+    Raises FileNotFoundError where an earlier stage is missing.
+    """
+    if stage == VISION:
+        return VisionTask(seed)
+    if stage == LIKENESS:
+        return LikenessTask(seed)
+    encoders = Encoders(shipped_vae(), trained_vision(runs), device)
+    sets = []
+    for split, count in (("dev", DEV_QUADRUPLES), ("train", quadruples)):
+        paths = encode_quadruples(runs / "latents", encoders, split, count, should_stop, _reporter(split, show))
+        if paths is None:
+            return None
+        sets.append(load_quadruples(paths))
+    dev, train = sets
+    data = Data(train, dev, encoders.nothing(), shipped_text(), world_vocabulary())
+    if stage == ASSIGN:
+        return AssignTask(data, shipped_unet("inpaint", 9), seed)
+    return RefineTask(data, trained_main(runs), shipped_unet("text2image", 4), seed)
+
+
+def _reporter(split: str, show: Callable[[str], None]) -> Callable[[int, int], None]:
+    started = time.monotonic()
+    first: list[int] = []
+
+    def report(done: int, total: int) -> None:
+        first.append(done)
+        seconds = (time.monotonic() - started) / max(done - first[0], 1) * (total - done)
+        left = f"  {seconds / 60:.0f} min left" if done > first[0] else ""
+        show(f"encoding subjects ({split}): {done}/{total} files{left}")
+
+    return report
