@@ -110,7 +110,7 @@ class Eyes:
         """What is at a mask of a picture (uint8 [H, W, 3], bool [H, W]): [64]."""
         left, top, side = square_around(torch.from_numpy(mask).float())
         crop = cut(picture, (left, top, left + side, top + side))
-        return self._network(as_pixels(crop[None]))[0]
+        return self._network(as_pixels(np.stack([crop])))[0]
 
     def strangers(self, shape: str) -> torch.Tensor:
         """19 other subjects of a shape, [19, 64]."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from devtools.client import Client
+from devtools.client import Client, GraphFailed
 from devtools.pack import ROOT, host_path, pack_module
 from devtools.server import Server
 from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, THE_MOON, place_stand_ins
@@ -23,6 +23,8 @@ from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, THE_MOON, place_st
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 FIRST = "try_without_downloads"
+# It makes data, and no picture.
+DATA = "subject_data"
 # Nodes of the editor alone, which the API format leaves out.
 NOTES = ("Note", "MarkdownNote")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -121,7 +123,7 @@ def test_both_formats_are_the_same_graph(name: str, served: Server) -> None:
     assert to_api(editor_graph(name), served.client.object_info()) == api_graph(name)
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name != FIRST])
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name not in (FIRST, DATA)])
 def test_graph_runs_and_changes_nothing_outside_the_hole(name: str, server: Client, named_models: None) -> None:
     run_and_look_outside_the_hole(name, server)
 
@@ -129,6 +131,36 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(name: str, server: Clie
 @pytest.mark.quick
 def test_the_first_graph_runs_where_there_are_no_models(served: Server) -> None:
     run_and_look_outside_the_hole(FIRST, served.client)
+
+
+def test_the_graph_for_training_data_writes_a_folder_that_the_training_reads(
+    comfyui: Server, server: Client, named_models: None
+) -> None:
+    assert comfyui.base is not None
+    files = pack_module("imaging.subject_files")
+    graph = copy.deepcopy(api_graph(DATA))
+    for photo in every(graph, "TrueFillExamplePhoto"):
+        photo["photo"] = "toy scene"
+    for search in every(graph, "TrueFillDetect"):
+        search |= ANYTHING | {"pick": "all", "count": 3}
+    for save in every(graph, "TrueFillSaveSubjects"):
+        save |= {"smallest": 0.0, "largest": 100.0, "folder": "data of a test"}
+    folder = comfyui.base / "output" / "data of a test"
+    server.run(graph)
+    found = files.find_subjects(folder)
+    assert 1 <= len(found) <= 3 and {of.prompt for of in found} <= {"cup", "spoon", "plate"}
+    picture, mask = found[0].read()
+    photo, _ = pack_module("imaging.examples").load_example("toy scene")
+    assert np.array_equal(picture, (255 * photo[0]).round().byte().numpy())
+    assert mask.shape == picture.shape[:2]
+    # A folder elsewhere is refused.
+    for save in every(graph, "TrueFillSaveSubjects"):
+        save["folder"] = "../elsewhere"
+    with pytest.raises(
+        GraphFailed, match=r"'folder' is '\.\./elsewhere', and must be the name of a folder in ComfyUI's output"
+    ):
+        server.run(graph)
+    assert not (comfyui.base / "elsewhere").exists()
 
 
 def run_and_look_outside_the_hole(name: str, server: Client) -> None:

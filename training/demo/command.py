@@ -31,10 +31,10 @@ DEFAULTS = {
     "inpaint": Settings(steps=4_500, batch=16, learning_rate=5e-4),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
     "segmenter": Settings(steps=8_000, batch=4, learning_rate=5e-4),
-    "subject-vision": Settings(steps=800, batch=48, learning_rate=1e-3),
-    "subject-likeness": Settings(steps=1_500, batch=48, learning_rate=1e-3),
-    "subject-assign": Settings(steps=6_000, batch=16, learning_rate=5e-4),
-    "subject-refine": Settings(steps=3_000, batch=16, learning_rate=5e-4),
+    "subject-vision": Settings(steps=1_400, batch=48, learning_rate=1e-3),
+    "subject-likeness": Settings(steps=900, batch=48, learning_rate=1e-3),
+    "subject-assign": Settings(steps=3_500, batch=16, learning_rate=5e-4),
+    "subject-refine": Settings(steps=1_200, batch=16, learning_rate=5e-4),
 }
 
 
@@ -57,7 +57,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--scenes", type=positive, default=16_384, help="scenes that are encoded (default: %(default)s)"
     )
     parser.add_argument(
-        "--quadruples", type=positive, default=8_192, help="subjects that are encoded (default: %(default)s)"
+        "--quadruples", type=positive, default=6_144, help="subjects that are encoded (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="further subjects: pictures with masks and prompts, as Save Subjects writes them"
     )
     parser.add_argument(
         "--device",

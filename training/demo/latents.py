@@ -67,13 +67,13 @@ def encode(vae: NarrowTAESD, pixels: torch.Tensor, device: torch.device, bfloat1
         return vae.encode(pixels.to(device)).half().cpu()
 
 
-def write_arrays(path: Path, **arrays: torch.Tensor) -> None:
+def write_arrays(path: Path, **arrays: torch.Tensor | np.ndarray) -> None:
     """Write a file of arrays, which is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **{name: array.numpy() for name, array in arrays.items()})
+            np.savez(file, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

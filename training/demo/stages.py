@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..lar_gen.stages import subject_task
+from ..lar_gen.stages import SubjectSource, subject_task
 from ..loop import Progress, Settings, Task, Trainer, averaged_weights
 from . import export as exporting
 from . import samples as grids
@@ -95,7 +95,8 @@ def make_task(
     if options.stage == "segmenter":
         return SegmenterTask(settings.seed)
     if options.stage.startswith("subject-"):
-        return subject_task(options.stage, options.runs, options.quadruples, settings.seed, device, stop, console.show)
+        source = SubjectSource(options.runs, options.quadruples, options.folder)
+        return subject_task(options.stage, source, settings.seed, device, stop, console.show)
     holes = options.stage == "inpaint"
     vae = trained_vae(options.runs, device)
     sets = []

@@ -31,19 +31,24 @@ class Vocabulary:
         self._rows = {word: [row[token] for token in pieces] for word, pieces in tokens.items()}
         self._start, self._end = row[_START], row[_END]
 
-    def rows(self, caption: str) -> list[int]:
+    def rows(self, caption: str, unknown: bool = False) -> list[int]:
         """The 77 rows for a caption of the world, padded with the end token as the host does.
 
-        Raises ValueError for a caption that is too long and KeyError for one with other words.
+        Raises ValueError for a caption that is too long and KeyError for one with other words, unless `unknown`: then each of
+        these is row 0.
         """
-        found = [row for word in _WORDS.findall(caption) for row in self._rows[word]]
+        if unknown:
+            found = [row for word in _WORDS.findall(caption.lower()) for row in self._rows.get(word, [0])]
+            found = found[: TOKENS - 2]
+        else:
+            found = [row for word in _WORDS.findall(caption) for row in self._rows[word]]
         if len(found) > TOKENS - 2:
             raise ValueError(f"A caption may have {TOKENS - 2} tokens; this one has {len(found)}: {caption!r}.")
         return [self._start, *found] + [self._end] * (TOKENS - 1 - len(found))
 
-    def batch(self, captions: Sequence[str]) -> torch.Tensor:
-        """The rows [B, 77] (int64) for several captions."""
-        return torch.tensor([self.rows(caption) for caption in captions], dtype=torch.int64)
+    def batch(self, captions: Sequence[str], unknown: bool = False) -> torch.Tensor:
+        """The rows [B, 77] (int64) for several captions, as `rows`."""
+        return torch.tensor([self.rows(caption, unknown) for caption in captions], dtype=torch.int64)
 
 
 @cache

@@ -23,7 +23,6 @@ from ..demo.networks import TextEncoder, initialise, plain_attention, plain_over
 from ..demo.vocabulary import Vocabulary
 from ..diffusion import noise_loss
 from ..loop import Batch, Task, step_seed
-from ..world.attributes import SHAPES
 from .quadruples import Encoded
 
 BETA = 1.0
@@ -149,20 +148,22 @@ class SubjectTask(Task):
 
     def __init__(self, data: Data) -> None:
         self._train, self._dev, self._nothing = data.train, data.dev, data.nothing
+        # Few prompts differ, and the text encoder stays as it is.
+        prompts = sorted({"", *data.train.prompt.tolist(), *data.dev.prompt.tolist()})
+        self._places = {prompt: place for place, prompt in enumerate(prompts)}
         with torch.no_grad():
-            prompts = [f"a {shape}" for shape in SHAPES]
-            self._contexts = data.text(data.vocabulary.batch([*prompts, ""]))
+            self._contexts = torch.cat([data.text(data.vocabulary.batch([of], unknown=True)) for of in prompts])
 
     def _batch(self, of: Encoded, indices: np.ndarray, text: np.ndarray, subject: np.ndarray) -> Batch:
         """`text` and `subject` [B] say whether these are dropped."""
         chosen = torch.from_numpy(indices)
-        shape = torch.where(torch.from_numpy(text), len(SHAPES), of.shape[chosen])
+        prompts = ["" if drop else of.prompt[index] for index, drop in zip(indices, text, strict=True)]
         own = torch.where(torch.from_numpy(subject)[:, None, None], self._nothing, of.own[chosen])
         return {
             "latents": of.clean[chosen].float(),
             "hole": of.hole[chosen].float(),
             "known": torch.cat([of.hole[chosen], of.masked[chosen]], dim=1).float(),
-            "context": self._contexts[shape],
+            "context": self._contexts[[self._places[prompt] for prompt in prompts]],
             "own": own.float(),
             "subject": of.subject[chosen].float(),
             "details": of.details[chosen].float(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ import torch
 from ...imaging.subject import CLIP_SIDE, for_branch
 from ..demo.latents import as_pixels, encode, fingerprint, latent_hole, with_hole, write_arrays
 from ..demo.narrow_taesd import NarrowTAESD
-from ..world.attributes import SHAPES, SIZE, WORLD_VERSION
-from ..world.subjects import Quadruple, make_quadruple
+from ..world.attributes import SIZE, WORLD_VERSION
+from ..world.subjects import Example, make_quadruple
 from .vision import Vision, clip_pixels, subject_of
 
 SHARD = 128
@@ -23,14 +24,14 @@ _AT_ONCE = 16
 
 @dataclass(frozen=True)
 class Encoded:
-    """Encoded quadruples 0 to N - 1 of a split, each of a subject of its own; float16 but for `shape`.
+    """N encoded quadruples; float16.
 
     clean: the truth's latents, [N, 4, 32, 32], in the UNet's scale.
     masked: the same with gray in the hole.
     hole: [N, 1, 32, 32], 1 in the hole.
     subject: latents [N, 4, 32, 32] of the subject on white, 256 pixels.
     own, details: CLIP's states [N, 65, 160] of the subject, the last but one layer's and the last one's.
-    shape: int64 [N], what the prompt can say.
+    prompt: N texts.
     """
 
     clean: torch.Tensor
@@ -39,7 +40,27 @@ class Encoded:
     subject: torch.Tensor
     own: torch.Tensor
     details: torch.Tensor
-    shape: torch.Tensor
+    prompt: np.ndarray
+
+    @staticmethod
+    def of(parts: Sequence[Part]) -> Encoded:
+        """All parts, each of which has some of the fields of some quadruples, in their order."""
+        joined = {
+            of.name: np.concatenate([part[of.name] for part in parts if of.name in part]) for of in fields(Encoded)
+        }
+        return Encoded(
+            **{name: values if name == "prompt" else torch.from_numpy(values) for name, values in joined.items()}
+        )
+
+    def with_more(self, other: Encoded) -> Encoded:
+        """These and the others."""
+        return Encoded.of(
+            [{of.name: np.asarray(getattr(one, of.name)) for of in fields(Encoded)} for one in (self, other)]
+        )
+
+
+Part = dict[str, Any]
+"""Some fields of Encoded, as tensors or arrays."""
 
 
 class Encoders:
@@ -49,35 +70,44 @@ class Encoders:
         self._vae, self._device = vae.to(device), device
         self._vision = None if vision is None else vision.to(device)
 
-    def parts(self) -> dict[str, Callable[[list[Quadruple]], dict[str, torch.Tensor]]]:
+    def parts(self) -> dict[str, Callable[[Sequence[Example]], Part]]:
         """What makes each part of Encoded, by a name that is another one for other weights."""
-        found: dict[str, Callable[[list[Quadruple]], dict[str, torch.Tensor]]] = {
+        found: dict[str, Callable[[Sequence[Example]], Part]] = {
             f"latents-{fingerprint(self._vae.state_dict())}": self._latents_of
         }
         if self._vision is not None:
             found[f"states-{fingerprint(self._vision.state_dict())}"] = self._states_of
         return found
 
-    def _latents_of(self, quadruples: list[Quadruple]) -> dict[str, torch.Tensor]:
-        pixels = as_pixels(np.stack([of.picture for of in quadruples]))
-        hole = torch.from_numpy(np.stack([of.hole for of in quadruples])).float()[:, None]
+    def _latents_of(self, examples: Sequence[Example]) -> Part:
+        pixels = as_pixels(np.stack([of.picture for of in examples]))
+        hole = torch.from_numpy(np.stack([of.hole for of in examples])).float()[:, None]
         on_white = torch.stack(
-            [for_branch(subject_of(of.reference, of.reference_mask), SIZE).movedim(-1, 0) for of in quadruples]
+            [for_branch(subject_of(of.reference, of.reference_mask), SIZE).movedim(-1, 0) for of in examples]
         )
         return {
             "clean": encode(self._vae, pixels, self._device),
             "masked": encode(self._vae, with_hole(pixels, hole), self._device),
             "hole": latent_hole(hole).half(),
             "subject": encode(self._vae, on_white, self._device),
-            "shape": torch.tensor([SHAPES.index(of.prompt.split()[-1]) for of in quadruples]),
+            "prompt": np.asarray([of.prompt for of in examples]),
         }
 
     @torch.no_grad()
-    def _states_of(self, quadruples: list[Quadruple]) -> dict[str, torch.Tensor]:
+    def _states_of(self, examples: Sequence[Example]) -> Part:
         assert self._vision is not None
-        pixels = torch.stack([clip_pixels(of.reference, of.reference_mask) for of in quadruples])
+        pixels = torch.stack([clip_pixels(of.reference, of.reference_mask) for of in examples])
         own, details, _ = self._vision(pixels.to(self._device))
         return {"own": own.half().cpu(), "details": details.half().cpu()}
+
+    def encode(self, examples: Sequence[Example]) -> Encoded:
+        """All fields, of any number of examples."""
+        parts = [
+            {name: field for make in self.parts().values() for name, field in make(some).items()}
+            for start in range(0, len(examples), _AT_ONCE)
+            for some in [examples[start : start + _AT_ONCE]]
+        ]
+        return Encoded.of(parts)
 
     @torch.no_grad()
     def nothing(self) -> torch.Tensor:
@@ -95,7 +125,7 @@ def encode_quadruples(
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path] | None:
-    """The files of the first `count` quadruples, rounded up to whole files; what is missing is encoded first.
+    """The files of a split's first `count` quadruples, rounded up to whole files; what is missing is encoded first.
 
     They lie in sub-folders named after the encoders' weights. `report` is told the number of files that exist and that are
     needed. Returns None where `should_stop` said so.
@@ -114,15 +144,14 @@ def encode_quadruples(
                 make([make_quadruple(split, index, index) for index in range(start, start + _AT_ONCE)])
                 for start in range(first, first + SHARD, _AT_ONCE)
             ]
-            write_arrays(path, **{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+            write_arrays(path, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
     return [path for path, *_ in needed]
 
 
 def load_quadruples(paths: Sequence[Path]) -> Encoded:
     """What `encode_quadruples` has written."""
-    found: dict[str, list[torch.Tensor]] = {of.name: [] for of in fields(Encoded)}
+    parts: list[Part] = []
     for path in paths:
         with np.load(path) as arrays:
-            for name in arrays.files:
-                found[name].append(torch.from_numpy(arrays[name]))
-    return Encoded(**{name: torch.cat(parts) for name, parts in found.items()})
+            parts.append({name: arrays[name] for name in arrays.files})
+    return Encoded.of(parts)

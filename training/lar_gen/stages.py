@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..demo.vocabulary import world_vocabulary
 from ..loop import Task, averaged_weights
 from .assign import AssignTask, Data, SubjectUNet
+from .folder import folder_examples
 from .likeness import LikenessTask
 from .quadruples import Encoders, encode_quadruples, load_quadruples
 from .refine import RefineTask
@@ -35,10 +37,17 @@ def trained_main(runs: Path) -> SubjectUNet:
     return main
 
 
+class SubjectSource(NamedTuple):
+    """Where the stages and their data lie: so many quadruples of the world, and a folder with more (`imaging.subject_files`)."""
+
+    runs: Path
+    quadruples: int
+    folder: Path | None = None
+
+
 def subject_task(
     stage: str,
-    runs: Path,
-    quadruples: int,
+    source: SubjectSource,
     seed: int,
     device: torch.device,
     should_stop: Callable[[], bool],
@@ -46,20 +55,24 @@ def subject_task(
 ) -> Task | None:
     """The task of a stage; None where the user ended it while the quadruples were encoded.
 
-    Raises FileNotFoundError where an earlier stage is missing.
+    Raises FileNotFoundError where an earlier stage is missing, and ValueError for a folder without subjects.
     """
     if stage == VISION:
         return VisionTask(seed)
     if stage == LIKENESS:
         return LikenessTask(seed)
+    runs = source.runs
     encoders = Encoders(shipped_vae(), trained_vision(runs), device)
+    examples = [] if source.folder is None else folder_examples(source.folder, seed)
     sets = []
-    for split, count in (("dev", DEV_QUADRUPLES), ("train", quadruples)):
+    for split, count in (("dev", DEV_QUADRUPLES), ("train", source.quadruples)):
         paths = encode_quadruples(runs / "latents", encoders, split, count, should_stop, _reporter(split, show))
         if paths is None:
             return None
         sets.append(load_quadruples(paths))
     dev, train = sets
+    if examples:
+        train = train.with_more(encoders.encode(examples))
     data = Data(train, dev, encoders.nothing(), shipped_text(), world_vocabulary())
     if stage == ASSIGN:
         return AssignTask(data, shipped_unet("inpaint", 9), seed)

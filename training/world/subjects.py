@@ -60,20 +60,26 @@ class View:
 
 
 @dataclass(frozen=True, eq=False)
-class Quadruple:
+class Example:
     """A task: put the subject of `reference` into the hole.
 
-    `picture` is the truth, `scene` the same without the subject, both uint8 [256, 256, 3]; `hole` bool [256, 256] covers it.
-    `reference` is another picture, with the subject at `reference_mask`. `number` says which subject of its split it is, `prompt`
-    what words can say of it, and `view` how it is seen in the truth.
+    `picture` is the truth, uint8 [256, 256, 3]; `hole` bool [256, 256] covers the subject there. `reference` is another picture,
+    with the subject at `reference_mask`. `prompt` is what words can say of it.
     """
 
     picture: np.ndarray
-    scene: np.ndarray
     hole: np.ndarray
     reference: np.ndarray
     reference_mask: np.ndarray
     prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class Quadruple(Example):
+    """A task of the world. `scene` is the truth without the subject, `number` says which subject of its split it is, and `view`
+    how it is seen in the truth."""
+
+    scene: np.ndarray
     number: int
     view: View
 
@@ -181,7 +187,16 @@ def make_quadruple(split: str, index: int, number: int) -> Quadruple:
     seen = _view(rng, rng.uniform(112, 144), rng.uniform(112, 144), rng.uniform(80, 100), other)
     reference = paint_background(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], rng)
     mask = paint_subject(reference, look, seen)
-    return Quadruple(_levels(canvas), _levels(scene), hole, _levels(reference), mask, f"a {look.shape}", number, view)
+    return Quadruple(
+        _levels(canvas),
+        hole,
+        _levels(reference),
+        mask,
+        f"a {look.shape}",
+        scene=_levels(scene),
+        number=number,
+        view=view,
+    )
 
 
 def with_subject(quadruple: Quadruple, look: Look) -> np.ndarray:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from devtools.pack import pack_module
@@ -26,16 +27,16 @@ def encoded(count: int) -> Any:
         subject=some(4, 32, 32),
         own=some(65, 160),
         details=some(65, 160),
-        shape=torch.arange(count) % 8,
+        prompt=np.asarray([f"a {shape}" for shape in ("star", "moon", "ring", "heart")[:count]]),
     )
 
 
-def untrained_tasks() -> list[Any]:
-    """The tasks of all stages in their order, on random quadruples."""
+def untrained_tasks(train: Any = None) -> list[Any]:
+    """The tasks of all stages in their order, on random quadruples where no others are given."""
     start, vocabulary = pack_module("training.lar_gen.start"), pack_module("training.demo.vocabulary")
     assign, refine = pack_module("training.lar_gen.assign"), pack_module("training.lar_gen.refine")
     words = vocabulary.world_vocabulary()
-    data = assign.Data(encoded(4), encoded(2), torch.zeros(65, 160), start.shipped_text(), words)
+    data = assign.Data(train or encoded(4), encoded(2), torch.zeros(65, 160), start.shipped_text(), words)
     first = assign.AssignTask(data, start.shipped_unet("inpaint", 9), seed=3)
     tasks = [
         pack_module("training.lar_gen.vision").VisionTask(seed=1),
