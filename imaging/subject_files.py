@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class SubjectFile:
 def labels_of(text: str, pictures: int) -> list[list[str]]:
     """The labels of each picture, of '[["red cup", "spoon"], ["dog"]]'. Raises ValueError, in one sentence, for another text."""
     try:
-        found = json.loads(text)
+        found: Any = json.loads(text)
     except ValueError:
         found = None
     right = isinstance(found, list) and all(

@@ -62,7 +62,7 @@ def _cut(picture: np.ndarray, box: tuple[float, float, float, float]) -> np.ndar
     around = max(0, int(np.ceil(max(-left, -top, right - picture.shape[1], bottom - picture.shape[0]))))
     edges = [(around, around)] * 2 + [(0, 0)] * (picture.ndim - 2)
     padded = Image.fromarray(np.pad(picture, edges, mode="edge"))
-    moved = tuple(side + around for side in box)
+    moved = (left + around, top + around, right + around, bottom + around)
     return np.array(padded.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=moved))
 
 

@@ -45,12 +45,11 @@ class Encoded:
     @staticmethod
     def of(parts: Sequence[Part]) -> Encoded:
         """All parts, each of which has some of the fields of some quadruples, in their order."""
-        joined = {
+        joined: dict[str, Any] = {
             of.name: np.concatenate([part[of.name] for part in parts if of.name in part]) for of in fields(Encoded)
         }
-        return Encoded(
-            **{name: values if name == "prompt" else torch.from_numpy(values) for name, values in joined.items()}
-        )
+        prompt = joined.pop("prompt")
+        return Encoded(**{name: torch.from_numpy(values) for name, values in joined.items()}, prompt=prompt)
 
     def with_more(self, other: Encoded) -> Encoded:
         """These and the others."""
