@@ -145,7 +145,7 @@ class Bench:
 
     @property
     def has_branch(self) -> bool:
-        return bool(self._demo.weights.branch)
+        return self._demo.branch is not None
 
     def stranger(self, quadruple: Quadruple) -> np.ndarray:
         """The truth with another subject of the same shape, seen the same way."""
@@ -162,6 +162,7 @@ class Bench:
         if row.refine:
             branch = None
             if row.refine == "trained":
+                assert self._demo.branch is not None
                 branch = Branch(model=self._demo.branch, **self._demo.weights.detail)
             details = None if branch is None else subject.branch_details(branch.weight.shape[1])
             refine = Refine(latents=subject.branch_latents(), is_one=True, branch=branch, details=details)
@@ -229,7 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", choices=(OWN, OTHER, NONE), default=OWN, help="default: own")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=DEFAULT, metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
-    parser.add_argument("--cfg", type=float, default=7.5, help="default: 7.5")
+    parser.add_argument("--cfg", type=float, default=3.0, help="default: 3")
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of the demo model's files")
     parser.add_argument("--outcomes", type=Path, help="file to keep the outcomes in, and to go on from")
     parser.add_argument("--json", type=Path, help="write the rows here")

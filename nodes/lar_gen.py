@@ -155,7 +155,7 @@ class TrueFillDemoSubjectModel(io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         demo = load_demo_subject()
-        branch = Branch(model=demo.branch, **demo.weights.detail)
+        branch = None if demo.branch is None else Branch(model=demo.branch, **demo.weights.detail)
         adapter = Adapter(Resampler.from_tensors(demo.weights.resampler), demo.weights, branch)
         return io.NodeOutput(demo.model, demo.clip, demo.vae, demo.vision, adapter)
 

@@ -44,14 +44,15 @@ VISION_PREFIX, RESAMPLER_PREFIX, DETAIL_PREFIX, BRANCH_PREFIX = (
 
 @dataclass(frozen=True, eq=False)
 class DemoSubject:
-    """The host's MODEL, CLIP, VAE and CLIP_VISION; what Assign reads; and the reference network, with 4 input channels."""
+    """The host's MODEL, CLIP, VAE and CLIP_VISION; what Assign reads; and the reference network, with 4 input channels, where the
+    file has one."""
 
     model: comfy.model_patcher.ModelPatcher
     clip: comfy.sd.CLIP
     vae: comfy.sd.VAE
     vision: comfy.clip_vision.ClipVisionModel
     weights: SubjectWeights
-    branch: comfy.model_patcher.ModelPatcher
+    branch: comfy.model_patcher.ModelPatcher | None
 
 
 def load_demo_subject(folder: Path = FOLDER) -> DemoSubject:
@@ -59,7 +60,7 @@ def load_demo_subject(folder: Path = FOLDER) -> DemoSubject:
     state = read_file(FILE, folder)
     weights = subject_weights(state, "The demo model's file", VISION_CONFIG["hidden_size"])
     unet = {name: of for name, of in state.items() if name.startswith(UNET_PREFIX) and "_ip." not in name}
-    branch = read("text2image", folder) | {UNET_PREFIX + name: tensor for name, tensor in weights.branch.items()}
+    trained = {UNET_PREFIX + name: tensor for name, tensor in weights.branch.items()}
     vision = comfy.clip_vision.ClipVisionModel(VISION_CONFIG)
     missing, unexpected = vision.load_sd(
         {name.removeprefix(VISION_PREFIX): of for name, of in state.items() if name.startswith(VISION_PREFIX)}
@@ -72,5 +73,5 @@ def load_demo_subject(folder: Path = FOLDER) -> DemoSubject:
         vae=host_vae(read("vae", folder)),
         vision=vision,
         weights=weights,
-        branch=host_unet(branch),
+        branch=host_unet(read("text2image", folder) | trained) if trained else None,
     )
