@@ -48,7 +48,7 @@ from ..training.world.attributes import SHAPES, SIZE
 from ..training.world.crops import cut
 from ..training.world.subjects import Quadruple, look_of, make_quadruple, with_subject
 from ..weights.demo_model import FILES, FOLDER, read_file
-from ..weights.demo_subject import FILE, LIKENESS_FILE, DemoSubject, load_demo_subject
+from ..weights.demo_subject import FILE, LIKENESS_FILE, REFERENCE_FILE, DemoSubject, load_demo_subject
 from . import accuracy
 from .judge import Judge
 from .metrics import background_error, mean_interval, square_around, wilson_interval
@@ -260,8 +260,9 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 @cache
 def subject_digest(folder: Path) -> str:
     """Which weights these are."""
-    files = (FILE, LIKENESS_FILE, *FILES.values())
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(files))).hexdigest()[:12]
+    names = sorted((FILE, LIKENESS_FILE, REFERENCE_FILE, *FILES.values()))
+    found = [folder / name for name in names if name != REFERENCE_FILE or (folder / name).is_file()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:12]
 
 
 def summary(name: str, found: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:

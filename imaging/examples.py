@@ -13,6 +13,8 @@ EXAMPLES = {
     "toy scene": "toy.png",
     "large toy scene": "toy_large.png",
     "coffee cup": "coffee.png",
+    "toy scene for a subject": "toy_subject_scene.png",
+    "toy subject": "toy_subject.png",
 }
 """Name and file. Sources and licences: workflows/examples/README.md."""
 _MASKS = {"coffee cup": "coffee_cup.png"}

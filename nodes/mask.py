@@ -24,7 +24,7 @@ class TrueFillExamplePhoto(io.ComfyNode):
             outputs=[
                 io.Image.Output(tooltip="The picture."),
                 io.Mask.Output(
-                    tooltip="Its hole: 1 where the picture shall change. Of coffee cup, a subject, where the cup is."
+                    tooltip="Its hole: 1 where the picture shall change. Of coffee cup and toy subject, where the subject is."
                 ),
             ],
         )

@@ -1,8 +1,8 @@
 """What the demo model has learned of subjects: LAR-Gen in small, as objects of the host.
 
-One file with the names of LAR-Gen's checkpoint: the UNet with its projections, CLIP's vision model, the resampler, and of the
-reference network what was trained; the rest of that is the text-to-image demo model's. Text encoder and autoencoder are the demo
-model's own. The file is written by `python dev.py train export`.
+Its tensors have the names of LAR-Gen's checkpoint. One file has the UNet with its projections, CLIP's vision model and the
+resampler; another, which may be missing, what was trained of the reference network, whose rest is the text-to-image demo
+model's. Text encoder and autoencoder are the demo model's own. The files are written by `python dev.py train export`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .demo_model import FOLDER, UNET_PREFIX, host_clip, host_unet, host_vae, rea
 from .lar_gen import SubjectWeights, subject_weights
 
 FILE = "truefill_demo_subject.safetensors"
+REFERENCE_FILE = "truefill_demo_reference.safetensors"
 LIKENESS_FILE = "truefill_demo_likeness.safetensors"
 """The benchmark's own eyes for subjects."""
 VISION_CONFIG: dict[str, Any] = {
@@ -44,8 +45,8 @@ VISION_PREFIX, RESAMPLER_PREFIX, DETAIL_PREFIX, BRANCH_PREFIX = (
 
 @dataclass(frozen=True, eq=False)
 class DemoSubject:
-    """The host's MODEL, CLIP, VAE and CLIP_VISION; what Assign reads; and the reference network, with 4 input channels, where the
-    file has one."""
+    """The host's MODEL, CLIP, VAE and CLIP_VISION; what Assign reads; and the reference network, with 4 input channels, where
+    there is one."""
 
     model: comfy.model_patcher.ModelPatcher
     clip: comfy.sd.CLIP
@@ -58,6 +59,8 @@ class DemoSubject:
 def load_demo_subject(folder: Path = FOLDER) -> DemoSubject:
     """The demo model that reads subjects. Raises FileNotFoundError where the folder lacks a file."""
     state = read_file(FILE, folder)
+    if (folder / REFERENCE_FILE).is_file():
+        state |= read_file(REFERENCE_FILE, folder)
     weights = subject_weights(state, "The demo model's file", VISION_CONFIG["hidden_size"])
     unet = {name: of for name, of in state.items() if name.startswith(UNET_PREFIX) and "_ip." not in name}
     trained = {UNET_PREFIX + name: tensor for name, tensor in weights.branch.items()}

@@ -220,6 +220,8 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
     for index, (_, reach) in enumerate(edits):
         shown = np.asarray(Image.open(io.BytesIO(images[f"hole {index}"][0])).convert("L"))
         hole = masks.resize_mask(torch.from_numpy(shown.copy())[None] / 255, before.shape[:2])
+        if index < len(crops) and crops[index]["fill_box"]:
+            hole = pack_module("imaging.mask_shapes").mask_shape(hole, "box", growth=0.0)
         known &= morphology.grow((hole > 0).float(), reach)[0, 0].numpy() == 0
         hole = hole[0, 0].numpy() == 1
         assert 0.01 < hole.mean() < 0.5

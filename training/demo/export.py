@@ -13,17 +13,16 @@ from safetensors.torch import save_file
 
 from ...weights.demo_model import FILES, LATENT_SCALE, SEGMENTER_FILE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
 from ...weights.demo_subject import FILE as SUBJECT_FILE
-from ...weights.demo_subject import LIKENESS_FILE
-from ..lar_gen.export import subject_state
+from ...weights.demo_subject import LIKENESS_FILE, REFERENCE_FILE
+from ..lar_gen.export import reference_state, subject_state
 from ..lar_gen.stages import ASSIGN, LIKENESS, REFINE, VISION
 from ..loop import averaged_weights
 from ..world.attributes import WORLD_VERSION
 from .narrow_taesd import widen
 from .vocabulary import world_vocabulary
 
-# The stages that a file needs, where they are not called like it; and those that add to it.
-_STAGES = {"text": ("text2image",), "likeness": (LIKENESS,), "subject": (VISION, ASSIGN)}
-_MORE_STAGES = {"subject": (REFINE,)}
+# The stages that a file needs, where they are not called like it.
+_STAGES = {"text": ("text2image",), "likeness": (LIKENESS,), "subject": (VISION, ASSIGN), "reference": (REFINE,)}
 
 
 def _half(state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -76,6 +75,7 @@ def export(runs: Path, out: Path) -> list[Path]:
         "segmenter": SEGMENTER_FILE,
         "likeness": LIKENESS_FILE,
         "subject": SUBJECT_FILE,
+        "reference": REFERENCE_FILE,
     }.items():
         needed = _STAGES.get(name, (name,))
         if not all((runs / stage / "checkpoint.pt").is_file() for stage in needed):
@@ -88,14 +88,15 @@ def export(runs: Path, out: Path) -> list[Path]:
             write_text(averaged_weights(stage, "text"), world_vocabulary().token_ids, path)
         elif name == "subject":
             save_file(_half(subject_state(runs)), path)
+        elif name == "reference":
+            save_file(_half(reference_state(runs)), path)
         elif name in ("classifier", "segmenter", "likeness"):
             save_file(_half(averaged_weights(stage, name)), path)
         else:
             write_unet(averaged_weights(stage, "unet"), path)
         written.append(path)
-        for stage in (runs / which for which in (*needed, *_MORE_STAGES.get(name, ()))):
-            if (stage / "checkpoint.pt").is_file():
-                stages[stage.name] = _record(stage)
+        for stage in (runs / which for which in needed):
+            stages[stage.name] = _record(stage)
             if (curves := stage / "losses.png").is_file():
                 shutil.copyfile(curves, out / f"losses_{stage.name}.png")
     if not written:

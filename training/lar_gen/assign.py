@@ -123,6 +123,15 @@ def _appending(stored: Mapping[Place, torch.Tensor]) -> Callable[..., tuple[torc
     return append
 
 
+_BLOCKS = {"input": "input_blocks.{}", "middle": "middle_block", "output": "output_blocks.{}"}
+
+
+def block_name(name: str) -> str:
+    """What the host's UNet calls the cross-attention of a place, as `place_name` has it."""
+    kind, index, depth = name.split("_")
+    return f"{_BLOCKS[kind].format(index)}.1.transformer_blocks.{depth}.attn2"
+
+
 def place_name(place: Place) -> str:
     """A place as the name of a module."""
     return "_".join(map(str, place))

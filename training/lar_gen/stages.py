@@ -9,14 +9,16 @@ from typing import NamedTuple
 
 import torch
 
+from ...weights.demo_model import UNET_PREFIX
+from ...weights.demo_subject import RESAMPLER_PREFIX, VISION_PREFIX
 from ..demo.vocabulary import world_vocabulary
 from ..loop import Task, averaged_weights
-from .assign import AssignTask, Data, SubjectUNet
+from .assign import AssignTask, Data, SubjectUNet, block_name
 from .folder import folder_examples
 from .likeness import LikenessTask
 from .quadruples import Encoders, encode_quadruples, load_quadruples
 from .refine import RefineTask
-from .start import shipped_text, shipped_unet, shipped_vae
+from .start import shipped_part, shipped_text, shipped_unet, shipped_vae, subject_ships
 from .vision import Vision, VisionTask
 
 DEV_QUADRUPLES = 256
@@ -24,16 +26,27 @@ VISION, ASSIGN, REFINE, LIKENESS = "subject-vision", "subject-assign", "subject-
 
 
 def trained_vision(runs: Path) -> Vision:
-    """The first stage's network with its averaged weights, in evaluation mode."""
+    """The first stage's network with its averaged weights, in evaluation mode; without a run the one that ships."""
     vision = Vision(seed=0)
-    vision.load_state_dict(averaged_weights(runs / VISION, "vision"))
+    if (runs / VISION / "checkpoint.pt").is_file() or not subject_ships():
+        vision.load_state_dict(averaged_weights(runs / VISION, "vision"))
+    else:
+        vision.model.load_state_dict(shipped_part(VISION_PREFIX))
     return vision.eval().requires_grad_(False)
 
 
 def trained_main(runs: Path) -> SubjectUNet:
-    """The second stage's network with its averaged weights."""
+    """The second stage's network with its averaged weights; without a run the one that ships."""
     main = SubjectUNet(shipped_unet("inpaint", 9), seed=0)
-    main.load_state_dict(averaged_weights(runs / ASSIGN, "main"))
+    if (runs / ASSIGN / "checkpoint.pt").is_file() or not subject_ships():
+        main.load_state_dict(averaged_weights(runs / ASSIGN, "main"))
+        return main
+    unet = shipped_part(UNET_PREFIX)
+    for place, pair in main.projections.items():
+        names = {f"{kind}.weight": f"{block_name(place)}.to_{kind}_ip.weight" for kind in ("k", "v")}
+        pair.load_state_dict({name: unet.pop(shipped) for name, shipped in names.items()})
+    main.unet.load_state_dict(unet)
+    main.resampler.load_state_dict(shipped_part(RESAMPLER_PREFIX))
     return main
 
 

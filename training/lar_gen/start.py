@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ...weights.demo_model import TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX, read
+from ...weights.demo_model import FOLDER, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX, read, read_file
+from ...weights.demo_subject import FILE
 from ..demo.narrow_taesd import NarrowTAESD, narrow
 from ..demo.networks import TextEncoder, new_unet
 from ..demo.vocabulary import world_vocabulary
@@ -23,6 +24,17 @@ def shipped_unet(network: str, channels: int) -> UNetModel:
     unet = new_unet(channels, seed=0)
     unet.load_state_dict({name.removeprefix(UNET_PREFIX): tensor.float() for name, tensor in read(network).items()})
     return unet
+
+
+def subject_ships() -> bool:
+    """Whether the demo model comes with what it has learned of subjects."""
+    return (FOLDER / FILE).is_file()
+
+
+def shipped_part(prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors of what it has learned of subjects whose names begin so, without that beginning, in float32."""
+    state = read_file(FILE)
+    return {name.removeprefix(prefix): tensor.float() for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def shipped_text() -> TextEncoder:

@@ -116,16 +116,34 @@ def test_what_is_trained_is_what_the_nodes_run(loaded: Any, refine: bool) -> Non
     assert float((SIGMA * (eps - without))[hole].abs().mean()) > 0.01
 
 
-def test_the_file_is_small_and_has_lar_gens_names(folder: Path) -> None:
-    path = folder / weights.FILE
-    assert path.stat().st_size < 20e6
-    state = load_file(path)
-    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+def test_the_files_are_small_and_have_lar_gens_names(folder: Path) -> None:
+    paths = [folder / name for name in (weights.FILE, weights.REFERENCE_FILE)]
+    assert sum(path.stat().st_size for path in paths) < 20e6
+    state, branch = (load_file(path) for path in paths)
+    assert {tensor.dtype for of in (state, branch) for tensor in of.values()} == {torch.float16}
     named = [name for name in state if name.endswith("to_k_ip.weight")]
     assert "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k_ip.weight" in named and len(named) == 7
-    assert {"patch_projector.weight", "image_proj_model.latents"} <= state.keys()
-    branch = [name for name in state if name.startswith("ref_")]
-    assert len(branch) == 6 * 5 and all(".attn2." in name for name in branch)
+    assert "image_proj_model.latents" in state and "patch_projector.weight" in branch
+    trained = [name for name in branch if name.startswith("ref_")]
+    assert len(trained) == 6 * 5 and all(".attn2." in name for name in trained)
+
+
+def test_without_a_run_the_training_goes_on_from_what_ships(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    stages = pack_module("training.lar_gen.stages")
+    monkeypatch.setattr(start, "FOLDER", folder)
+    monkeypatch.setattr(start, "read_file", lambda name: load_file(folder / name))
+    for read in (stages.trained_vision, stages.trained_main):
+        ours, shipped = (read(runs).state_dict() for runs in (folder.parent / "runs", tmp_path))
+        assert ours.keys() == shipped.keys()
+        assert all(torch.equal(tensor.half(), shipped[name].half()) for name, tensor in ours.items())
+
+
+def test_without_a_reference_network_refine_is_the_model_itself(folder: Path, tmp_path: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        if path.name != weights.REFERENCE_FILE:
+            (tmp_path / path.name).symlink_to(path)
+    found = weights.load_demo_subject(tmp_path)
+    assert found.branch is None and not found.weights.branch and len(found.weights.named) == 7
 
 
 def test_the_reference_network_is_the_text_to_image_model_but_for_what_was_trained(loaded: Any, folder: Path) -> None:
@@ -243,8 +261,9 @@ def test_a_weighted_loss_is_the_mean_of_the_weighted_errors() -> None:
     assert loss(torch.full_like(weight, 7.0)) == pytest.approx(loss(None), rel=1e-5)
 
 
-def test_stages_come_in_their_order(tmp_path: Path) -> None:
+def test_stages_come_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages = pack_module("training.lar_gen.stages")
+    monkeypatch.setattr(stages, "subject_ships", lambda: False)
     with pytest.raises(FileNotFoundError, match="train the stage 'subject-vision' first"):
         stages.subject_task(
             stages.ASSIGN, stages.SubjectSource(tmp_path, 2), 0, torch.device("cpu"), lambda: False, print
