@@ -228,14 +228,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--subjects", type=int, default=200, metavar="N", help="how many (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first subject (default: 0)")
     parser.add_argument("--prompt", choices=(OWN, OTHER, NONE), default=OWN, help="default: own")
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=DEFAULT, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--cfg", type=float, default=3.0, help="default: 3")
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of the demo model's files")
     parser.add_argument("--outcomes", type=Path, help="file to keep the outcomes in, and to go on from")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--grid", type=Path, help="write the pictures of the first 6 subjects here")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if min(options.subjects, options.steps) < 1 or options.seed < 0:
+        parser.error("--subjects and --steps are 1 or more, --seed 0 or more.")
+    return options
 
 
 def kept(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
@@ -302,6 +305,8 @@ def main() -> int:
     """Run the benchmark."""
     options = parse()
     bench = Bench(options.weights)
+    if options.rows is None:
+        options.rows = [name for name in DEFAULT if bench.has_branch or ROWS[name].refine != "trained"]
     rows = [ROWS[name] for name in options.rows]
     if any(row.refine == "trained" for row in rows) and not bench.has_branch:
         print(

@@ -88,3 +88,20 @@ def test_a_run_ends_with_a_table_and_goes_on_from_its_outcomes(
     monkeypatch.setattr(bench.Bench, "fill", lambda *_: pytest.fail("made again"))
     assert bench.main() == 0
     assert [row["likeness"] for row in json.loads(table.read_text())["rows"]][2:] == likenesses
+
+
+def test_without_a_trained_reference_network_its_rows_are_left_out_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = demo_subject.write_untrained(tmp_path)
+    (weights / pack_module("weights.demo_subject").REFERENCE_FILE).unlink()
+    monkeypatch.setattr(bench.Bench, "fill", lambda self, row, quadruple, *_: quadruple.picture)
+    table = tmp_path / "rows.json"
+    arguments = ["bench", "--weights", str(weights), "--subjects", "1", "--json", str(table)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert bench.main() == 0
+    names = [row["row"] for row in json.loads(table.read_text())["rows"]]
+    assert "Refine untrained" in names and not any("Refine trained" in name for name in names)
+    monkeypatch.setattr("sys.argv", [*arguments, "--rows", "Refine trained"])
+    assert bench.main() == 1
+    assert "has no trained reference network yet" in capsys.readouterr().err

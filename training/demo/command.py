@@ -5,6 +5,10 @@
     inpaint      the 9-channel UNet, from text2image
     classifier   shape, colour and pattern of an object, for the benchmark
     segmenter    a small Segment Anything of the world
+    subject-vision    what sees subjects: CLIP's vision model in small
+    subject-assign    LAR-Gen's first stage, from inpaint: text and subject (encodes subjects in scenes first)
+    subject-refine    LAR-Gen's second stage: a reference network
+    subject-likeness  whether two crops show the same object, for the benchmark
     samples      grids of pictures of what has been trained so far
     export       the files for the host, in half precision
 
