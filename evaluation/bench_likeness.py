@@ -1,12 +1,13 @@
 """Does the hole show *this* subject, and what the prompt says? LAR-Gen's figures in small, on subjects that no training saw.
 
-A quadruple of the demo world's split "test" is filled by the host's nodes with text alone, with Assign, with Refine (the model
+A hole in a scene of the demo world's split "test", in which the subject is not, is filled by the host's nodes: by the plain
+inpainting demo model, and by the one that has learned to read subjects, with text alone, with Assign, with Refine (the model
 itself, or the trained reference network), and with both. The prompt says the subject's shape ("own"), or another one, so that
 text and subject pull apart ("other"), or nothing ("none").
 
-- likeness: how alike the hole and the subject's picture look to a network that no model was trained with, -1 to 1. The truth has
-  the likeness of the subject's own view in the scene, "a stranger" that of another subject of the same shape.
-- found: how often the subject is the likest of 20 of its shape, in percent.
+- likeness: how alike the hole and the subject's picture look to a network that no model was trained with, -1 to 1: the cosine of
+  its embeddings. "the truth" is the subject in the scene, "another subject" one of the same shape in its place.
+- found: how often the subject is the nearest of 20 of its shape, in percent.
 - text: how often the classifier finds the prompt's shape in the hole, in percent.
 - background: the greatest change outside of the hole.
 
@@ -32,7 +33,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..imaging.subject import cut_out
 from ..model_patches.core.prompt_tokens import encode_prompt
 from ..model_patches.core.sampling_run import with_method
 from ..model_patches.core.unet_attention import transformer_places
@@ -44,10 +44,11 @@ from ..model_patches.lar_gen.subject import Subject, clip_states, squares
 from ..training.demo.latents import as_pixels
 from ..training.demo.samples import grid
 from ..training.lar_gen.likeness import Likeness
+from ..training.lar_gen.vision import subject_of
 from ..training.world.attributes import SHAPES, SIZE
 from ..training.world.crops import cut
 from ..training.world.subjects import Quadruple, look_of, make_quadruple, with_subject
-from ..weights.demo_model import FILES, FOLDER, read_file
+from ..weights.demo_model import FILES, FOLDER, load_demo_model, read_file
 from ..weights.demo_subject import FILE, LIKENESS_FILE, REFERENCE_FILE, DemoSubject, load_demo_subject
 from . import accuracy
 from .judge import Judge
@@ -60,19 +61,25 @@ OF = 20
 _POOL = 100_000
 """Subjects to compare with have numbers from here on."""
 OWN, OTHER, NONE = "own", "other", "none"
-TRUTH, STRANGER = "the truth", "a stranger"
+TRUTH, ANOTHER = "the truth", "another subject"
 GRID_SUBJECTS = 6
 
 
 @dataclass(frozen=True)
 class Row:
-    """What reads the subject: Assign at `beta`, and the decoder's self-attentions by `refine`, "untrained" or "trained"."""
+    """What reads the subject: Assign at `beta`, and the decoder's self-attentions by `refine`, "untrained" or "trained".
+
+    `plain` is the inpainting demo model, which has not learned to read any.
+    """
 
     beta: float = 0.0
     refine: str | None = None
+    plain: bool = False
 
     @property
     def name(self) -> str:
+        if self.plain:
+            return "plain demo model"
         parts = [f"Assign {self.beta:g}"] * (self.beta > 0) + [f"Refine {self.refine}"] * (self.refine is not None)
         return " + ".join(parts) or "text alone"
 
@@ -83,6 +90,7 @@ ROWS = {
     row.name: row
     for row in (
         Row(),
+        Row(plain=True),
         *(Row(beta) for beta in BETAS),
         *(Row(refine=kind) for kind in KINDS),
         *(Row(beta, kind) for beta in BETAS for kind in KINDS),
@@ -90,13 +98,14 @@ ROWS = {
 }
 DEFAULT = [
     Row().name,
+    Row(plain=True).name,
     *(Row(beta).name for beta in BETAS),
     *(Row(refine=kind).name for kind in KINDS),
     *(Row(0.3, kind).name for kind in KINDS),
 ]
 
 
-class Eyes:
+class LikenessJudge:
     """The benchmark's own network, and the subjects that it tells apart."""
 
     def __init__(self, folder: Path) -> None:
@@ -104,21 +113,21 @@ class Eyes:
         self._network.load_state_dict(
             {name: tensor.float() for name, tensor in read_file(LIKENESS_FILE, folder).items()}
         )
-        self._strangers: dict[str, torch.Tensor] = {}
+        self._others: dict[str, torch.Tensor] = {}
 
-    def look(self, picture: np.ndarray, mask: np.ndarray) -> torch.Tensor:
+    def embedding(self, picture: np.ndarray, mask: np.ndarray) -> torch.Tensor:
         """What is at a mask of a picture (uint8 [H, W, 3], bool [H, W]): [64]."""
         left, top, side = square_around(torch.from_numpy(mask).float())
         crop = cut(picture, (left, top, left + side, top + side))
         return self._network(as_pixels(np.stack([crop])))[0]
 
-    def strangers(self, shape: str) -> torch.Tensor:
+    def others(self, shape: str) -> torch.Tensor:
         """19 other subjects of a shape, [19, 64]."""
-        if shape not in self._strangers:
+        if shape not in self._others:
             numbers = [n for n in range(_POOL, _POOL + 40 * OF) if look_of(SPLIT, n).shape == shape][: OF - 1]
             others = [make_quadruple(SPLIT, number, number) for number in numbers]
-            self._strangers[shape] = torch.stack([self.look(of.reference, of.reference_mask) for of in others])
-        return self._strangers[shape]
+            self._others[shape] = torch.stack([self.embedding(of.reference, of.reference_mask) for of in others])
+        return self._others[shape]
 
 
 @dataclass(frozen=True)
@@ -141,20 +150,21 @@ class Bench:
         self._resampler = Resampler.from_tensors(self._demo.weights.resampler)
         places = [t.place for t in transformer_places(self._demo.model.model.diffusion_model)]
         self._projections = self._demo.weights.by_place(places)
-        self._eyes, self._judge = Eyes(folder), Judge(folder)
+        self._plain, *_ = load_demo_model("inpainting", folder)
+        self._likeness, self._judge = LikenessJudge(folder), Judge(folder)
 
     @property
     def has_branch(self) -> bool:
         return self._demo.branch is not None
 
-    def stranger(self, quadruple: Quadruple) -> np.ndarray:
+    def another(self, quadruple: Quadruple) -> np.ndarray:
         """The truth with another subject of the same shape, seen the same way."""
         shape = look_of(SPLIT, quadruple.number).shape
         number = next(n for n in range(_POOL + 40 * OF, 2 * _POOL) if look_of(SPLIT, n).shape == shape)
         return with_subject(quadruple, look_of(SPLIT, number))
 
     def _patched(self, row: Row, subject: Subject) -> Any:
-        model: Any = self._demo.model
+        model: Any = self._plain if row.plain else self._demo.model
         if row.beta:
             own, nothing = subject.tokens(self._resampler)
             assign = Assign(strength=row.beta, subject=own, nothing=nothing, projections=self._projections)
@@ -173,14 +183,12 @@ class Bench:
     def fill(self, row: Row, quadruple: Quadruple, prompt: str, seed: int, steps: int, cfg: float) -> np.ndarray:
         """The finished picture, uint8 [256, 256, 3]."""
         vae, clip = self._demo.vae, self._demo.clip
-        cut = cut_out(
-            as_pixels(quadruple.reference[None]).movedim(1, -1),
-            torch.from_numpy(quadruple.reference_mask).float()[None],
-        )
+        views = [subject_of(quadruple.reference, quadruple.reference_mask)]
         subject = Subject(
-            states=clip_states(self._demo.vision, cut), latents=vae.encode(squares(cut, SIZE)), is_one=True
+            states=clip_states(self._demo.vision, views), latents=vae.encode(squares(views, SIZE)), is_one=True
         )
-        pixels, hole = accuracy.as_image(quadruple.picture), torch.from_numpy(quadruple.hole).float()[None]
+        # Not the truth: what is known of it around the hole would tell of the subject.
+        pixels, hole = accuracy.as_image(quadruple.scene), torch.from_numpy(quadruple.hole).float()[None]
         conditions = accuracy.host_nodes.InpaintModelConditioning().encode(
             encode_prompt(clip, prompt), encode_prompt(clip, ""), pixels, vae, hole, noise_mask=True
         )
@@ -191,11 +199,11 @@ class Bench:
         finished = accuracy.composited(pixels, made, hole)
         return (255.0 * finished[0].clamp(0.0, 1.0)).round().byte().numpy()
 
-    def judged(self, index: int, quadruple: Quadruple, picture: np.ndarray, shape: str) -> Outcome:
-        """What a picture shows in the hole; `shape` is what the prompt asks for."""
-        own = self._eyes.look(quadruple.reference, quadruple.reference_mask)
-        seen = self._eyes.look(picture, quadruple.hole)
-        others = self._eyes.strangers(look_of(SPLIT, quadruple.number).shape)
+    def judged(self, index: int, quadruple: Quadruple, picture: np.ndarray, shape: str, scene: np.ndarray) -> Outcome:
+        """What a picture shows in the hole; `shape` is what the prompt asks for, `scene` what may not change around it."""
+        own = self._likeness.embedding(quadruple.reference, quadruple.reference_mask)
+        seen = self._likeness.embedding(picture, quadruple.hole)
+        others = self._likeness.others(look_of(SPLIT, quadruple.number).shape)
         pixels, hole = as_pixels(picture[None]), torch.from_numpy(quadruple.hole).float()
         named = self._judge.in_hole(pixels[0], hole)
         likeness = float(seen @ own)
@@ -205,11 +213,10 @@ class Bench:
             bool(likeness > (others @ seen).max()),
             named.shape == shape,
             named.shape is None,
-            background_error(pixels, as_pixels(quadruple.picture[None]), hole[None, None]),
+            background_error(pixels, as_pixels(scene[None]), hole[None, None]),
         )
 
 
-@cache
 def other_shape(shape: str) -> str:
     """The shape that the prompt says where it is not the subject's."""
     return SHAPES[(SHAPES.index(shape) + 1) % len(SHAPES)]
@@ -319,22 +326,23 @@ def main() -> int:
         flush=True,
     )
     done = kept(options)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (TRUTH, STRANGER, *options.rows)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (TRUTH, ANOTHER, *options.rows)}
     lines, captions = [], []
     started = time.monotonic()
     numbers = range(options.seed, options.seed + options.subjects)
     for place, index in enumerate(numbers):
         quadruple = make_quadruple(SPLIT, index, index)
         prompt, shape = prompt_of(quadruple, options.prompt)
-        found[TRUTH].append(asdict(bench.judged(index, quadruple, quadruple.picture, shape)))
-        found[STRANGER].append(asdict(bench.judged(index, quadruple, bench.stranger(quadruple), shape)))
-        pictures = [quadruple.reference, np.where(quadruple.hole[..., None], np.uint8(128), quadruple.picture)]
+        found[TRUTH].append(asdict(bench.judged(index, quadruple, quadruple.picture, shape, quadruple.picture)))
+        another = bench.another(quadruple)
+        found[ANOTHER].append(asdict(bench.judged(index, quadruple, another, shape, another)))
+        pictures = [quadruple.reference, np.where(quadruple.hole[..., None], np.uint8(128), quadruple.scene)]
         for row in rows:
             outcome = done.get((row.name, index))
             if outcome is None or (options.grid and place < GRID_SUBJECTS):
                 picture = bench.fill(row, quadruple, prompt, index, options.steps, options.cfg)
                 pictures.append(picture)
-                fresh = asdict(bench.judged(index, quadruple, picture, shape))
+                fresh = asdict(bench.judged(index, quadruple, picture, shape, quadruple.scene))
                 if outcome is None and options.outcomes:
                     with options.outcomes.open("a") as file:
                         line = {"settings": settings(options), "row": row.name, "outcome": fresh}

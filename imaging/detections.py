@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.ops import nms
 
+from .masks import resize_mask
 from .prompts import Box, as_bounding_box
 
 Pick = Literal["all", "best", "largest", "smallest", "by index"]
@@ -106,6 +107,41 @@ class Findings:
     def preview(self, pictures: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """The first of the pictures [B, H, W, C] as `shown` draws it, with the first of the masks [B, H, W]."""
         return shown(pictures[0], self.each[0], self.phrases, None if masks is None else masks[0])
+
+
+def labels_of(text: str, pictures: int) -> list[list[str]]:
+    """The labels of each picture, of '[["red cup", "spoon"], ["dog"]]'. Raises ValueError, in one sentence, for another text."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError:
+        found = None
+    right = isinstance(found, list) and all(
+        isinstance(of, list) and all(isinstance(label, str) for label in of) for of in found
+    )
+    if not right:
+        raise ValueError(
+            f'\'labels\' is {text[:60]!r}: connect Detect\'s labels, or write such as [["red cup", "spoon"]].'
+        )
+    if len(found) != pictures:
+        raise ValueError(
+            f"'labels' are of {len(found)} pictures, and 'image' has {pictures}: connect Detect's with the same ones."
+        )
+    return found
+
+
+def masks_of(mask: torch.Tensor, labels: Sequence[Sequence[str]], size: tuple[int, ...]) -> list[torch.Tensor]:
+    """The masks [n, H, W] of each picture's labels: in a batch each has one for every label, and one where it has none.
+
+    Raises ValueError, in one sentence, for another number of masks.
+    """
+    counts = [max(len(of), 1) for of in labels]
+    batch = resize_mask(mask, size)[:, 0]
+    if len(batch) != sum(counts):
+        raise ValueError(
+            f"'mask' has {len(batch)} masks, and there are {sum(counts)} labels (a picture without any counts as one): switch "
+            "'separate' on in Segment, and connect Detect's boxes to it."
+        )
+    return [of[: len(names)] for of, names in zip(batch.split(counts), labels, strict=True)]
 
 
 def split_phrases(text: str) -> list[str]:

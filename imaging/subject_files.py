@@ -1,4 +1,4 @@
-"""A folder of subjects in their pictures, as LAR-Gen's data construction leaves it (section 3.3) and its training reads it.
+"""A folder of subjects in their pictures, as LAR-Gen's data construction leaves it (section 3.4) and its training reads it.
 
     00001.png            a picture
     00001_0.mask.png     where in it a subject is: white
@@ -10,18 +10,14 @@ A picture may be a .jpg, .jpeg or .webp as well, and names are free: a mask's be
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-
-from .masks import resize_mask
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _MASK = re.compile(r"(.+)_(\d+)\.mask\.png")
@@ -44,41 +40,6 @@ class SubjectFile:
                     f"{picture.height}: a mask has the size of its picture."
                 )
             return np.asarray(picture.convert("RGB")).copy(), np.asarray(mask.convert("L")) > 127
-
-
-def labels_of(text: str, pictures: int) -> list[list[str]]:
-    """The labels of each picture, of '[["red cup", "spoon"], ["dog"]]'. Raises ValueError, in one sentence, for another text."""
-    try:
-        found: Any = json.loads(text)
-    except ValueError:
-        found = None
-    right = isinstance(found, list) and all(
-        isinstance(of, list) and all(isinstance(label, str) for label in of) for of in found
-    )
-    if not right:
-        raise ValueError(
-            f'\'labels\' is {text[:60]!r}: connect Detect\'s labels, or write such as [["red cup", "spoon"]].'
-        )
-    if len(found) != pictures:
-        raise ValueError(
-            f"'labels' are of {len(found)} pictures, and 'image' has {pictures}: connect Detect's with the same ones."
-        )
-    return found
-
-
-def masks_of(mask: torch.Tensor, labels: Sequence[Sequence[str]], size: tuple[int, ...]) -> list[torch.Tensor]:
-    """The masks [n, H, W] of each picture's labels: in a batch each has one for every label, and one where it has none.
-
-    Raises ValueError, in one sentence, for another number of masks.
-    """
-    counts = [max(len(of), 1) for of in labels]
-    batch = resize_mask(mask, size)[:, 0]
-    if len(batch) != sum(counts):
-        raise ValueError(
-            f"'mask' has {len(batch)} masks, and there are {sum(counts)} labels (a picture without any counts as one): switch "
-            "'separate' on in Segment, and connect Detect's boxes to it."
-        )
-    return [of[: len(names)] for of, names in zip(batch.split(counts), labels, strict=True)]
 
 
 def save_subjects(

@@ -2,9 +2,22 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import compare, condition, finish, hd_painter, lar_gen, load, mask, pilot, region, selection, starts
+from . import (
+    compare,
+    condition,
+    finish,
+    hd_painter,
+    lar_gen,
+    load,
+    mask,
+    pilot,
+    region,
+    selection,
+    starts,
+    training_data,
+)
 
-MODULES = (load, mask, selection, region, condition, hd_painter, lar_gen, pilot, starts, finish, compare)
+MODULES = (load, mask, selection, region, condition, hd_painter, lar_gen, pilot, starts, finish, compare, training_data)
 
 
 class TrueFillExtension(ComfyExtension):

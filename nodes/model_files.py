@@ -52,14 +52,3 @@ class ModelFiles:
             return name is None or bool(self.path(name))
         except FileNotFoundError as error:
             return str(error)
-
-
-def output_folder(name: str) -> Path:
-    """A folder of that name in ComfyUI's output. Raises ValueError, in one sentence, for one that would lie elsewhere."""
-    output = Path(folder_paths.get_output_directory()).resolve()
-    path = (output / name.strip()).resolve()
-    if not name.strip() or output not in path.parents:
-        raise ValueError(
-            f"'folder' is {name!r}, and must be the name of a folder in ComfyUI's output, such as subjects."
-        )
-    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,19 +49,34 @@ def test_the_prompt_says_the_shape_or_another_one_or_nothing() -> None:
     assert len({bench.other_shape(shape) for shape in SHAPES}) == len(SHAPES)
 
 
-def test_the_truth_is_liker_than_a_stranger(tmp_path: Path) -> None:
-    """By eyes that see mean colors alone, in the place of the trained ones."""
-    eyes = bench.Eyes.__new__(bench.Eyes)
-    eyes._strangers = {}
-    eyes._network = lambda crops: torch.nn.functional.normalize(
+def test_the_subject_is_told_apart_from_19_of_its_shape() -> None:
+    """By a network that sees mean colors alone, in the place of the trained one."""
+    judge = bench.LikenessJudge.__new__(bench.LikenessJudge)
+    judge._others = {}
+    judge._network = lambda crops: torch.nn.functional.normalize(
         torch.nn.functional.adaptive_avg_pool2d(crops - crops.mean(), 4).flatten(1), dim=-1
     )
     quadruple = subjects.make_quadruple("test", 0, 0)
-    own = eyes.look(quadruple.picture, quadruple.hole)
+    own = judge.embedding(quadruple.picture, quadruple.hole)
     assert own.shape == (48,) and float(own @ own) == pytest.approx(1.0, abs=1e-5)
-    others = eyes.strangers("star")
-    assert others.shape == (19, 48) and eyes.strangers("star") is others
+    others = judge.others("star")
+    assert others.shape == (19, 48) and judge.others("star") is others
     assert len({tuple(of.tolist()) for of in others}) == 19
+
+
+def test_the_model_is_not_shown_the_truth(tmp_path: Path) -> None:
+    """What is to be drawn is nowhere in what a row is given: neither in the hole nor in what the autoencoder sees around it."""
+    weights = demo_subject.write_untrained(tmp_path)
+    made = bench.Bench(weights)
+    quadruple = subjects.make_quadruple("test", 1, 1)
+    other = replace(quadruple, picture=255 - quadruple.picture)
+    assert not np.array_equal(quadruple.scene, quadruple.picture)
+    for row in (bench.ROWS["Assign 1"], bench.ROWS["plain demo model"]):
+        pictures = [made.fill(row, of, "a star", 0, 2, 3.0) for of in (quadruple, other)]
+        assert np.array_equal(*pictures)
+        known = ~quadruple.hole
+        assert np.array_equal(pictures[0][known], quadruple.scene[known])
+        assert not np.array_equal(pictures[0], quadruple.scene)
 
 
 def test_a_run_ends_with_a_table_and_goes_on_from_its_outcomes(
@@ -69,12 +85,12 @@ def test_a_run_ends_with_a_table_and_goes_on_from_its_outcomes(
     weights = demo_subject.write_untrained(tmp_path)
     kept, table, pictures = tmp_path / "kept.jsonl", tmp_path / "rows.json", tmp_path / "grid.png"
     arguments = ["bench", "--weights", weights, "--subjects", "2", "--steps", "1", "--outcomes", kept, "--json", table]
-    rows = ["--rows", "text alone", "Assign 1", "Assign 0.3 + Refine trained"]
+    rows = ["--rows", "text alone", "plain demo model", "Assign 0.3 + Refine trained"]
     monkeypatch.setattr("sys.argv", [*map(str, arguments), *rows, "--grid", str(pictures)])
     assert bench.main() == 0
     found = json.loads(table.read_text())["rows"]
-    assert [row["row"] for row in found] == ["the truth", "a stranger", *rows[1:]]
-    assert all(row["background_max_error"] == 0.0 for row in found if row["row"] != "a stranger")
+    assert [row["row"] for row in found] == ["the truth", "another subject", *rows[1:]]
+    assert all(row["background_max_error"] == 0.0 for row in found if row["row"] != "another subject")
     assert found[0]["likeness"] != found[1]["likeness"]
     likenesses = [row["likeness"] for row in found[2:]]
     assert len(set(likenesses)) == 3

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from devtools.pack import pack_module
+from truefill_testing.regions import one_sentence
 
 pytestmark = pytest.mark.quick
 
@@ -132,3 +134,25 @@ def test_the_picture_says_that_nothing_was_found() -> None:
     picture = torch.zeros(200, 300, 3)
     drawn = detections.shown(picture, [], ["red cup"])
     assert (drawn[0, :20] > 0).any() and not (drawn[0, 60:] > 0).any()
+
+
+def test_labels_say_which_mask_belongs_to_which_picture() -> None:
+    each = detections.labels_of('[["cup", "spoon"], [], ["dog"]]', 3)
+    assert each == [["cup", "spoon"], [], ["dog"]]
+    mask = torch.zeros(4, 10, 10)
+    for place in range(4):
+        mask[place, place : place + 4, place : place + 4] = 1.0
+    found = detections.masks_of(mask, each, (10, 10))
+    assert [len(of) for of in found] == [2, 0, 1]
+    assert torch.equal(torch.cat(found), mask[[0, 1, 3]])
+    assert [of.shape[1:] for of in detections.masks_of(mask, each, (20, 30))] == [(20, 30)] * 3
+
+    def refused(begins: str, masks: int, text: str, pictures: int) -> None:
+        with pytest.raises(ValueError, match=re.escape(begins)) as found:
+            detections.masks_of(mask[:masks], detections.labels_of(text, pictures), (10, 10))
+        assert one_sentence(found)
+
+    refused("'mask' has 3 masks, and there are 4 labels", 3, json.dumps(each), 3)
+    refused("'labels' are of 3 pictures, and 'image' has 2", 4, json.dumps(each), 2)
+    for text in ("cup", '["cup"]', "[[1]]", "{}", ""):
+        refused("'labels' is ", 1, text, 1)

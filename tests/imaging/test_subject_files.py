@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +11,11 @@ import torch
 from PIL import Image
 
 from devtools.pack import pack_module
+from truefill_testing.regions import one_sentence
 
 pytestmark = pytest.mark.quick
 
 files = pack_module("imaging.subject_files")
-
-
-@contextmanager
-def one_sentence(begins: str) -> Iterator[None]:
-    """A ValueError of one sentence that says this."""
-    with pytest.raises(ValueError, match=re.escape(begins)) as refused:
-        yield
-    assert "\n" not in str(refused.value) and str(refused.value).endswith(".")
 
 
 def square(size: tuple[int, int], left: int, top: int, side: int) -> torch.Tensor:
@@ -77,9 +68,10 @@ def test_a_folder_by_hand(tmp_path: Path) -> None:
 
 def test_what_is_wrong_gets_one_sentence(tmp_path: Path) -> None:
     def refused(match: str) -> None:
-        with one_sentence(match):
+        with pytest.raises(ValueError, match=re.escape(match)) as found:
             for of in files.find_subjects(tmp_path):
                 of.read()
+        assert one_sentence(found)
 
     refused("has no subject: it needs pictures")
     Image.new("L", (8, 6), 255).save(tmp_path / "1_0.mask.png")
@@ -88,19 +80,3 @@ def test_what_is_wrong_gets_one_sentence(tmp_path: Path) -> None:
     refused("1_0.mask.png has no prompt: write what it shows into 1_0.txt")
     (tmp_path / "1_0.txt").write_text("a cup")
     refused("1_0.mask.png has 8 x 6 pixels and 1.png 9 x 6")
-
-
-def test_labels_say_which_mask_belongs_to_which_picture() -> None:
-    each = files.labels_of('[["cup", "spoon"], [], ["dog"]]', 3)
-    mask = torch.stack([square((10, 10), place, place, 4) for place in range(4)])
-    found = files.masks_of(mask, each, (10, 10))
-    assert [len(of) for of in found] == [2, 0, 1]
-    assert torch.equal(torch.cat(found), mask[[0, 1, 3]])
-    assert [of.shape[1:] for of in files.masks_of(mask, each, (20, 30))] == [(20, 30)] * 3
-    with one_sentence("'mask' has 3 masks, and there are 4 labels"):
-        files.masks_of(mask[:3], each, (10, 10))
-    with one_sentence("'labels' are of 3 pictures, and 'image' has 2"):
-        files.labels_of('[["cup"], [], []]', 2)
-    for text in ("cup", '["cup"]', "[[1]]", "{}", ""):
-        with one_sentence("'labels' is "):
-            files.labels_of(text, 1)

@@ -32,17 +32,20 @@ def plain_attention(
     return (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
 
-def plain_override(
+def _plain_override(
     host_attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, **_: Any
 ) -> torch.Tensor:
-    """`plain_attention` in the place of the host's, for `optimized_attention_override`."""
     return plain_attention(q, k, v, heads)
+
+
+def attention_options(device: torch.device) -> dict[str, Any]:
+    """The host's options for a call of a UNet that is trained: on a CPU `plain_attention` takes the place of the host's."""
+    return {"optimized_attention_override": _plain_override} if device.type == "cpu" else {}
 
 
 def predict_noise(unet: UNetModel, x: torch.Tensor, times: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
     """The UNet's prediction [B, 4, H, W] for its input [B, 4 or 9, H, W], time steps [B] and context [B, 77, 192]."""
-    options = {"optimized_attention_override": plain_override} if x.device.type == "cpu" else {}
-    return unet(x, times, context, transformer_options=options)
+    return unet(x, times, context, transformer_options=attention_options(x.device))
 
 
 def initialise(module: nn.Module, seed: int) -> None:

@@ -19,7 +19,7 @@ from ...model_patches.core.unet_attention import Place, transformer_places
 from ...model_patches.lar_gen.resampler import Resampler
 from ...weights.demo_model import CONTEXT_DIM
 from ...weights.demo_subject import VISION_CONFIG
-from ..demo.networks import TextEncoder, initialise, plain_attention, plain_override
+from ..demo.networks import TextEncoder, attention_options, initialise, plain_attention
 from ..demo.vocabulary import Vocabulary
 from ..diffusion import noise_loss
 from ..loop import Batch, Task, step_seed
@@ -82,7 +82,7 @@ class SubjectUNet(nn.Module):
         """
         options: dict[str, Any] = {
             "patches_replace": {"attn2": {t.place: self._replacement(t.place, tokens, beta) for t in self._places()}},
-            "optimized_attention_override": plain_override,
+            **attention_options(x.device),
         }
         if stored is not None:
             options["patches"] = {"attn1_patch": [_appending(stored)]}

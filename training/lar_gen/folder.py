@@ -37,7 +37,7 @@ def _example(file: SubjectFile, seed: int) -> Example:
     scene = _cut(picture, box)
     inside = _cut((255 * mask).astype(np.uint8), box) > 127
     hole = mask_shape(torch.from_numpy(inside).float(), "painternet", seed % 2**31)[0, 0].numpy() > 0
-    return Example(scene, hole | inside, *_other_view(rng, scene, inside), file.prompt)
+    return Example(scene, hole, *_other_view(rng, scene, inside), file.prompt)
 
 
 def _square(

@@ -63,20 +63,17 @@ Part = dict[str, Any]
 
 
 class Encoders:
-    """What encodes quadruples, on a device. Without CLIP's vision model there are only the VAE's parts."""
+    """What encodes quadruples, on a device."""
 
-    def __init__(self, vae: NarrowTAESD, vision: Vision | None, device: torch.device) -> None:
-        self._vae, self._device = vae.to(device), device
-        self._vision = None if vision is None else vision.to(device)
+    def __init__(self, vae: NarrowTAESD, vision: Vision, device: torch.device) -> None:
+        self._vae, self._vision, self._device = vae.to(device), vision.to(device), device
 
     def parts(self) -> dict[str, Callable[[Sequence[Example]], Part]]:
         """What makes each part of Encoded, by a name that is another one for other weights."""
-        found: dict[str, Callable[[Sequence[Example]], Part]] = {
-            f"latents-{fingerprint(self._vae.state_dict())}": self._latents_of
+        return {
+            f"latents-{fingerprint(self._vae.state_dict())}": self._latents_of,
+            f"states-{fingerprint(self._vision.state_dict())}": self._states_of,
         }
-        if self._vision is not None:
-            found[f"states-{fingerprint(self._vision.state_dict())}"] = self._states_of
-        return found
 
     def _latents_of(self, examples: Sequence[Example]) -> Part:
         pixels = as_pixels(np.stack([of.picture for of in examples]))
@@ -94,7 +91,6 @@ class Encoders:
 
     @torch.no_grad()
     def _states_of(self, examples: Sequence[Example]) -> Part:
-        assert self._vision is not None
         pixels = torch.stack([clip_pixels(of.reference, of.reference_mask) for of in examples])
         own, details, _ = self._vision(pixels.to(self._device))
         return {"own": own.half().cpu(), "details": details.half().cpu()}
@@ -111,7 +107,6 @@ class Encoders:
     @torch.no_grad()
     def nothing(self) -> torch.Tensor:
         """The last but one layer's states [65, 160] of an all-zero picture, once it is normalized."""
-        assert self._vision is not None
         own, *_ = self._vision.states(torch.zeros(1, 3, CLIP_SIDE, CLIP_SIDE, device=self._device))
         return own[0].half().cpu()
 

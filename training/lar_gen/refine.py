@@ -14,7 +14,7 @@ from ...model_patches.core.unet_attention import Place, transformer_places
 from ...model_patches.lar_gen.reference import decoder_inputs
 from ...weights.demo_model import CONTEXT_DIM
 from ...weights.demo_subject import VISION_CONFIG
-from ..demo.networks import initialise, plain_override
+from ..demo.networks import attention_options, initialise
 from ..diffusion import signal_shares
 from ..loop import Batch
 from .assign import Data, SubjectTask, SubjectUNet, place_name
@@ -44,8 +44,8 @@ class RefineTask(SubjectTask):
 
     def features(self, noisy: torch.Tensor, times: torch.Tensor, details: torch.Tensor) -> dict[Place, torch.Tensor]:
         """What the branch stores for the subjects' noised latents [B, 4, h, w] and CLIP's last states of them."""
-        options = {"optimized_attention_override": plain_override}
-        return decoder_inputs(self._branch, noisy, times, self._detail(details), None, options)
+        context = self._detail(details)
+        return decoder_inputs(self._branch, noisy, times, context, None, attention_options(noisy.device))
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, torch.Tensor]:
         noise = torch.randn(batch["subject"].shape, generator=generator).to(batch["subject"])

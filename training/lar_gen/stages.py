@@ -25,10 +25,15 @@ DEV_QUADRUPLES = 256
 VISION, ASSIGN, REFINE, LIKENESS = "subject-vision", "subject-assign", "subject-refine", "subject-likeness"
 
 
+def _begins_with_what_ships(runs: Path) -> bool:
+    """Whether no run of the first two stages is there, which belong together, but their file."""
+    return subject_ships() and not any((runs / stage / "checkpoint.pt").is_file() for stage in (VISION, ASSIGN))
+
+
 def trained_vision(runs: Path) -> Vision:
-    """The first stage's network with its averaged weights, in evaluation mode; without a run the one that ships."""
+    """The first stage's network with its averaged weights, in evaluation mode; without runs the one that ships."""
     vision = Vision(seed=0)
-    if (runs / VISION / "checkpoint.pt").is_file() or not subject_ships():
+    if not _begins_with_what_ships(runs):
         vision.load_state_dict(averaged_weights(runs / VISION, "vision"))
     else:
         vision.model.load_state_dict(shipped_part(VISION_PREFIX))
@@ -36,9 +41,9 @@ def trained_vision(runs: Path) -> Vision:
 
 
 def trained_main(runs: Path) -> SubjectUNet:
-    """The second stage's network with its averaged weights; without a run the one that ships."""
+    """The second stage's network with its averaged weights; without runs the one that ships."""
     main = SubjectUNet(shipped_unet("inpaint", 9), seed=0)
-    if (runs / ASSIGN / "checkpoint.pt").is_file() or not subject_ships():
+    if not _begins_with_what_ships(runs):
         main.load_state_dict(averaged_weights(runs / ASSIGN, "main"))
         return main
     unet = shipped_part(UNET_PREFIX)

@@ -50,6 +50,9 @@ def test_each_subject_becomes_a_task(path: Path) -> None:
         seen = of.reference[of.reference_mask].astype(int)
         assert ((seen[:, 0] - seen[:, 2]) > 20).mean() > 0.9
         assert not np.array_equal(of.reference, of.picture)
+    # The hole covers the subject, whichever of PainterNet's masks it is.
+    for of in (of for seed in range(1, 20) for of in folder.folder_examples(path, seed)):
+        assert not (((of.picture[..., 0].astype(int) - of.picture[..., 2]) > 60) & ~of.hole).any()
     again = folder.folder_examples(path, seed=0)
     assert all(np.array_equal(one.picture, other.picture) for one, other in zip(found, again, strict=True))
 

@@ -138,6 +138,16 @@ def test_without_a_run_the_training_goes_on_from_what_ships(folder: Path, tmp_pa
         assert all(torch.equal(tensor.half(), shipped[name].half()) for name, tensor in ours.items())
 
 
+def test_the_two_first_stages_belong_together(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """With one of them trained anew the other is not taken from what ships."""
+    stages = pack_module("training.lar_gen.stages")
+    monkeypatch.setattr(start, "FOLDER", folder)
+    (tmp_path / stages.VISION).symlink_to(folder.parent / "runs" / stages.VISION)
+    stages.trained_vision(tmp_path)
+    with pytest.raises(FileNotFoundError, match="train the stage 'subject-assign' first"):
+        stages.trained_main(tmp_path)
+
+
 def test_without_a_reference_network_refine_is_the_model_itself(folder: Path, tmp_path: Path) -> None:
     for path in folder.glob("*.safetensors"):
         if path.name != weights.REFERENCE_FILE:
@@ -172,6 +182,41 @@ def test_text_and_subject_are_dropped_each_on_its_own() -> None:
     assert 0.0 < both < 0.03
     # The reference network always sees the subject, as released.
     assert all(references)
+
+
+def test_the_losses_are_those_of_the_paper() -> None:
+    """The noise's error at beta 1 and 0.3, the hole counting four times; the branch at the main UNet's own noise level."""
+    _, _, first, second = demo_subject.untrained_tasks()
+    for task, main, beta in ((first, first.main, 1.0), (second, second._main, 0.3)):
+        batch = task.batch(0, 0, 3)
+        seed = 5
+        with torch.no_grad():
+            # So that beta makes a difference.
+            for weight in main.projections.parameters():
+                weight.mul_(8.0)
+            made = task.losses(batch, torch.Generator().manual_seed(seed))["loss"].item()
+            generator = torch.Generator().manual_seed(seed)
+            branch_noise = torch.randn(3, 4, 32, 32, generator=generator) if task is second else None
+            times = ((torch.arange(3) + torch.rand(3, generator=generator)) / 3 * 1000).long()
+            noise = torch.randn(3, 4, 32, 32, generator=generator)
+            tokens = main.resampler(batch["own"])
+            total = 0.0
+            for row in range(3):
+                one = slice(row, row + 1)
+                share = float(diffusion.signal_shares()[times[row]])
+                x = share**0.5 * batch["latents"][one] + (1 - share) ** 0.5 * noise[one]
+                stored = None
+                if branch_noise is not None:
+                    noisy = share**0.5 * batch["subject"][one] + (1 - share) ** 0.5 * branch_noise[one]
+                    stored = second.features(noisy, times[one], batch["details"][one])
+                known = torch.cat([batch["hole"][one], batch["known"][one, 1:]], dim=1)
+                eps = main(torch.cat([x, known], dim=1), times[one], batch["context"][one], tokens[one], beta, stored)
+                squared = ((eps - noise[one]) ** 2).mean(dim=1)[0]
+                inside = batch["hole"][row, 0] == 1
+                error = (4 * squared[inside].sum() + squared[~inside].sum()) / (4 * inside.sum() + (~inside).sum())
+                snr = share / (1 - share)
+                total += float(error) * min(snr, 5.0) / snr
+        assert made == pytest.approx(total / 3, rel=1e-4), task.name
 
 
 def test_only_what_the_paper_trains_moves() -> None:
