@@ -80,16 +80,14 @@ class SubjectUNet(nn.Module):
 
         `stored` are a reference network's features, which the decoder's self-attentions read besides their own.
         """
+        places = [t.place for t in transformer_places(self.unet)]
         options: dict[str, Any] = {
-            "patches_replace": {"attn2": {t.place: self._replacement(t.place, tokens, beta) for t in self._places()}},
+            "patches_replace": {"attn2": {place: self._replacement(place, tokens, beta) for place in places}},
             **attention_options(x.device),
         }
         if stored is not None:
             options["patches"] = {"attn1_patch": [_appending(stored)]}
         return self.unet(x, times, context, transformer_options=options)
-
-    def _places(self) -> Any:
-        return transformer_places(self.unet)
 
     def _replacement(self, place: Place, tokens: torch.Tensor, beta: float) -> Replace:
         pair = self.projections[place_name(place)]
