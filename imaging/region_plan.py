@@ -12,6 +12,8 @@ from typing import NamedTuple
 _NO_RESAMPLING = Fraction(1, 100)
 # How far a side may grow (pixels, exclusive) beyond its target where that saves the resampling: one latent cell.
 _FEW_PIXELS = 8
+_ANY_ASPECT = 1e6
+_LOCAL_GROWTH = 1.15
 
 
 class Box(NamedTuple):
@@ -47,6 +49,7 @@ class RegionSettings:
         is not enough; 1 never enlarges.
     forced_size: (height, width) of the crop instead of the native area. The region is extended to its aspect, and
         further where max_upscale forbids to enlarge it so much; max_aspect doesn't apply.
+    picture_share: the region is what `local_box` gives for this share of the picture, instead of what the context says.
 
     Raises ValueError for a value out of range.
     """
@@ -59,6 +62,19 @@ class RegionSettings:
     max_aspect: float = 2.0
     max_upscale: float = 4.0
     forced_size: tuple[int, int] | None = None
+    picture_share: float | None = None
+
+    @staticmethod
+    def local(native_size: int, picture_share: float, multiple: int = 8) -> RegionSettings:
+        """DreamMix's local region (released code): `local_box`, at about the model's native area and in its own shape."""
+        return RegionSettings(
+            native_size=native_size,
+            multiple=multiple,
+            min_side=1,
+            max_aspect=_ANY_ASPECT,
+            max_upscale=float(native_size),
+            picture_share=picture_share,
+        )
 
     @staticmethod
     def zoom_in(native_size: int, multiple: int = 8) -> RegionSettings:
@@ -93,6 +109,12 @@ class RegionSettings:
                 forced,
                 forced is None or (len(forced) == 2 and all(s > 0 and s % self.multiple == 0 for s in forced)),
                 f"(height, width), both positive multiples of {self.multiple}",
+            ),
+            (
+                "picture_share",
+                self.picture_share,
+                self.picture_share is None or 0 <= self.picture_share <= 1,
+                "from 0 to 1",
             ),
         )
         for name, given, holds, need in rules:
@@ -168,7 +190,31 @@ def plan(boxes: Sequence[Box | None], picture_size: tuple[int, int], settings: R
     return Plan(placed, size, (whole.height, whole.width))
 
 
+def local_box(hole: Box, picture_size: tuple[int, int], share: float) -> Box:
+    """The part of a picture around a hole's box that DreamMix works on before the whole picture (released code).
+
+    A square about the hole, 1.15 times its longer side, cut off at the border; then one pixel is added on both sides of the
+    shorter direction (of the width where they are equal, and of the other one where the picture ends), until the box is at
+    least `share` of the picture in both. It always holds the hole.
+    """
+    height, width = picture_size
+    # Half the way from the first to the last pixel, as the release takes it: for a hole of one pixel, nothing.
+    half = int(_LOCAL_GROWTH * max((hole.height - 1) // 2, (hole.width - 1) // 2))
+    row, column = (hole.top + hole.bottom - 1) // 2, (hole.left + hole.right - 1) // 2
+    top, bottom = max(0, min(row - half, hole.top)), min(height, max(row + half + 1, hole.bottom))
+    left, right = max(0, min(column - half, hole.left)), min(width, max(column + half + 1, hole.right))
+    while bottom - top < share * height or right - left < share * width:
+        is_taller = bottom - top >= right - left
+        if right - left < width and (is_taller or bottom - top == height):
+            left, right = max(0, left - 1), min(width, right + 1)
+        else:
+            top, bottom = max(0, top - 1), min(height, bottom + 1)
+    return Box(left, top, right, bottom)
+
+
 def _with_context(box: Box, whole: Box, settings: RegionSettings) -> Box:
+    if settings.picture_share is not None:
+        return local_box(box, (whole.height, whole.width), settings.picture_share)
     vertical, horizontal = (
         max(math.ceil(side * _exact(settings.context_percent) / 100), settings.context_pixels)
         for side in (box.height, box.width)

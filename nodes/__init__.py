@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     compare,
     condition,
+    dreammix,
     finish,
     hd_painter,
     lar_gen,
@@ -17,7 +18,21 @@ from . import (
     training_data,
 )
 
-MODULES = (load, mask, selection, region, condition, hd_painter, lar_gen, pilot, starts, finish, compare, training_data)
+MODULES = (
+    load,
+    mask,
+    selection,
+    region,
+    condition,
+    hd_painter,
+    lar_gen,
+    pilot,
+    dreammix,
+    starts,
+    finish,
+    compare,
+    training_data,
+)
 
 
 class TrueFillExtension(ComfyExtension):

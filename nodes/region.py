@@ -9,7 +9,8 @@ from ..imaging.masks import log_noise
 from ..imaging.region import crop
 from ..imaging.region_plan import RegionSettings
 
-AS_SET, ZOOM_IN = "as set above", "LAR-Gen's zoom-in"
+AS_SET, ZOOM_IN, LOCAL = "as set above", "LAR-Gen's zoom-in", "DreamMix's local region"
+_LOCAL_SHARE = 0.618
 
 RegionType = io.Custom("REGION")
 """What Crop Region remembers for Stitch Region: an `imaging.region.Region`."""
@@ -130,11 +131,12 @@ class TrueFillCropRegion(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "framing",
-                    options=[AS_SET, ZOOM_IN],
+                    options=[AS_SET, ZOOM_IN, LOCAL],
                     default=AS_SET,
                     advanced=True,
-                    tooltip="LAR-Gen's zoom-in: a square, 1.3 times the hole's box, at native_size, in the place of what the "
-                    "inputs from context_percent to height say, but for feather and multiple.",
+                    tooltip="In the place of what the inputs from context_percent to height say, but for feather and multiple. "
+                    "LAR-Gen's zoom-in: a square, 1.3 times the hole's box, at native_size. DreamMix's local region: as square "
+                    "as can be, at least 0.618 of the picture in width and height.",
                 ),
                 io.Boolean.Input(
                     "fill_box",
@@ -188,9 +190,13 @@ class TrueFillCropRegion(io.ComfyNode):
             max_upscale=max_upscale,
             forced_size=(height, width) if width else None,
         )
-        settings = RegionSettings.zoom_in(native_size, multiple) if framing == ZOOM_IN else as_set
+        presets = {
+            AS_SET: as_set,
+            ZOOM_IN: RegionSettings.zoom_in(native_size, multiple),
+            LOCAL: RegionSettings.local(native_size, _LOCAL_SHARE, multiple),
+        }
         log_noise("Crop Region", mask=mask, context_mask=context_mask)
-        return io.NodeOutput(*crop(image, mask, settings, context_mask, feather, fill_box))
+        return io.NodeOutput(*crop(image, mask, presets[framing], context_mask, feather, fill_box))
 
 
 class TrueFillFillHole(io.ComfyNode):

@@ -14,8 +14,8 @@ def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=tooltip)
 
 
-def cfg_input() -> io.Float.Input:
-    return io.Float.Input("cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt counts.")
+def cfg_input(default: float = 7.5) -> io.Float.Input:
+    return io.Float.Input("cfg", default=default, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt counts.")
 
 
 def scheduler_input(default: str) -> io.Combo.Input:

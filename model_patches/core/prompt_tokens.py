@@ -70,12 +70,7 @@ def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
     """
     text = f"{prompt}, {suffix}" if suffix else prompt
     tokens = clip.tokenize(text)
-    unknown = set(tokens) - {"l", "g", "h"}
-    if unknown:
-        raise ValueError(
-            f"This CLIP has the text encoder(s) {', '.join(sorted(tokens))}; TrueFill's prompt nodes need the CLIP of an SD1.5, "
-            "SD2 or SDXL checkpoint."
-        )
+    require_clip(tokens)
     own = clip.tokenize(prompt, return_word_ids=True)
     full = clip.tokenize(text, return_word_ids=True)
     found = [token_kinds(own[encoder], full[encoder]) for encoder in full]
@@ -84,6 +79,16 @@ def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
     cut = torch.stack([kinds[:, :length] for kinds in found])
     kinds = torch.where((cut == WORD).any(dim=0), WORD, cut.amax(dim=0))
     return clip.encode_from_tokens_scheduled(tokens, add_dict={TOKENS_KEY: kinds})
+
+
+def require_clip(tokens: dict[str, Any]) -> None:
+    """Raises ValueError for what a CLIP of a family without CLIP's own text encoders has tokenized."""
+    unknown = set(tokens) - {"l", "g", "h"}
+    if unknown:
+        raise ValueError(
+            f"This CLIP has the text encoder(s) {', '.join(sorted(tokens))}; TrueFill's prompt nodes need the CLIP of an SD1.5, "
+            "SD2 or SDXL checkpoint."
+        )
 
 
 def token_kinds(own: _Chunks, full: _Chunks) -> torch.Tensor:

@@ -56,6 +56,19 @@ def with_method(model: ModelPatcher, settings: Method) -> ModelPatcher:
     return model
 
 
+def with_masks(model: ModelPatcher, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelPatcher:
+    """`model` with the masks of its methods, float32 [B, 1, H, W], as `change` makes them: for a sampler that works on a part."""
+    methods = _methods(model.model_options)
+    model = model.clone()
+    options: dict[str, Any] = model.model_options
+    if methods:
+        options[KEY] = {
+            name: method if method.mask is None else replace(method, mask=change(method.mask))
+            for name, method in methods.items()
+        }
+    return model
+
+
 def _methods(model_options: Mapping[str, Any]) -> dict[str, Method]:
     """What the nodes have asked for. Never changed, only replaced: clones of a model share it."""
     return model_options.get(KEY, {})

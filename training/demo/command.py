@@ -38,7 +38,7 @@ DEFAULTS = {
     "subject-vision": Settings(steps=1_400, batch=48, learning_rate=1e-3),
     "subject-likeness": Settings(steps=900, batch=48, learning_rate=1e-3),
     "subject-assign": Settings(steps=3_500, batch=16, learning_rate=5e-4),
-    "subject-refine": Settings(steps=1_200, batch=16, learning_rate=5e-4),
+    "subject-refine": Settings(steps=2_400, batch=16, learning_rate=5e-4),
 }
 
 
