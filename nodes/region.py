@@ -224,7 +224,8 @@ class TrueFillFillHole(io.ComfyNode):
                     options=list(get_args(Fill)),
                     default="blurred",
                     tooltip="blurred: smoothly from all around. edge: the nearest known pixel. mean: the known pixels' mean. "
-                    "noise: noise of their mean and contrast. gray: what inpainting models see as their hole.",
+                    "noise: noise of their mean and contrast. gray: what inpainting models see as their hole. box blurs: as "
+                    "Fooocus and DreamMix do it, slower and much the same as blurred.",
                 ),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, advanced=True, tooltip="For noise: which one."),
             ],

@@ -1,4 +1,4 @@
-"""Textual attribute substitution (DreamMix, section 3.3): a prompt's embedding loses what points along an attribute.
+"""Textual attribute substitution (DreamMix, section 3.4, equation 9): a prompt's embedding loses what points along an attribute.
 
 A subject that was tuned on a clay toy stays clay whatever the prompt says. Taking the direction of "clay" out of the embeddings
 of "a glass toy" leaves the model nothing to hold on to. As in the released code, the direction is that of the attribute's words
