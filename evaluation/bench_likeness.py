@@ -253,14 +253,17 @@ def kept(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
     if options.outcomes is None or not options.outcomes.exists():
         return {}
     lines = [json.loads(line) for line in options.outcomes.read_text().splitlines()]
-    mine = settings(options)
-    return {(line["row"], line["outcome"]["index"]): line["outcome"] for line in lines if line["settings"] == mine}
-
-
-def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What an outcome depends on besides its row and index."""
     return {
-        "weights": subject_digest(options.weights),
+        (line["row"], line["outcome"]["index"]): line["outcome"]
+        for line in lines
+        if line["row"] in ROWS and line["settings"] == settings(options, ROWS[line["row"]])
+    }
+
+
+def settings(options: argparse.Namespace, row: Row | None = None) -> dict[str, Any]:
+    """What an outcome depends on besides its index, or the whole run."""
+    return {
+        "weights": subject_digest(options.weights, row is None or row.refine == "trained"),
         "prompt": options.prompt,
         "steps": options.steps,
         "cfg": options.cfg,
@@ -268,10 +271,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @cache
-def subject_digest(folder: Path) -> str:
-    """Which weights these are."""
+def subject_digest(folder: Path, with_reference: bool) -> str:
+    """Which weights these are; the reference network's count where it is there and takes part."""
     names = sorted((FILE, LIKENESS_FILE, REFERENCE_FILE, *FILES.values()))
-    found = [folder / name for name in names if name != REFERENCE_FILE or (folder / name).is_file()]
+    found = [
+        folder / name for name in names if name != REFERENCE_FILE or (with_reference and (folder / name).is_file())
+    ]
     return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:12]
 
 
@@ -345,7 +350,7 @@ def main() -> int:
                 fresh = asdict(bench.judged(index, quadruple, picture, shape, quadruple.scene))
                 if outcome is None and options.outcomes:
                     with options.outcomes.open("a") as file:
-                        line = {"settings": settings(options), "row": row.name, "outcome": fresh}
+                        line = {"settings": settings(options, row), "row": row.name, "outcome": fresh}
                         file.write(json.dumps(line) + "\n")
                 outcome = fresh
             found[row.name].append(outcome)

@@ -234,11 +234,13 @@ class _Stages:
 
 
 def _check_vae(run: Run) -> None:
-    channels = run.guider.model_patcher.model.latent_format.latent_channels
-    if run.vae.latent_channels != channels:
+    latents = run.guider.model_patcher.model.latent_format
+    has = (run.vae.latent_channels, run.vae.spacial_compression_encode())
+    needs = (latents.latent_channels, latents.spacial_downscale_ratio)
+    if has != needs:
         raise ValueError(
-            f"The VAE makes latents of {run.vae.latent_channels} channels, and the model takes {channels}: connect the VAE that "
-            "comes with the model."
+            f"The VAE makes {has[0]} channels of cells of {has[1]} pixels, and the model takes {needs[0]} of {needs[1]}: connect "
+            "the VAE that comes with the model."
         )
 
 

@@ -374,7 +374,7 @@ def test_bad_input_gets_one_sentence() -> None:
         )
     other = ToyVAE()
     other.latent_channels = 16
-    with pytest.raises(ValueError, match="16 channels, and the model takes 4"):
+    with pytest.raises(ValueError, match="16 channels of cells of 8 pixels, and the model takes 4 of 8"):
         two_stage_sampler.sample_in_two_stages(
             picture_of(),
             hole_of(),
