@@ -238,9 +238,9 @@ def test_interrupted_in_the_second_stage_and_run_again(server: Client) -> None:
     [
         (
             in_one_box(vae=["other", 2]) | {"other": node("CheckpointLoaderSimple", ckpt_name="x4.safetensors")},
-            "channels",
+            "4 channels of cells of 4 pixels, and the model takes 4 of 8",
         ),
-        (with_guider(sigmas=["none", 0]) | {"none": node("SplitSigmas", sigmas=["sigmas", 0], step=4)}, "have no step"),
+        (with_guider(sigmas=["none", 1]) | {"none": node("SplitSigmas", sigmas=["sigmas", 0], step=4)}, "have no step"),
     ],
     ids=["another VAE", "no step"],
 )
