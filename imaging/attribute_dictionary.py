@@ -26,10 +26,13 @@ import numpy as np
 MOST_PROMPTS = 64
 
 COMMON_WORDS: Mapping[str, tuple[str, ...]] = {
-    "color": ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray", "turquoise"),
-    "material": ("wooden", "glass", "metal", "plastic", "ceramic", "stone", "leather", "paper", "clay", "rubber", "woolen"),
-    "texture": ("smooth", "rough", "glossy", "matte", "fluffy", "striped", "dotted", "cracked"),
-    "shape": ("round", "square", "flat", "slender", "curved", "angular", "oval"),
+    kind: tuple(listed.split())
+    for kind, listed in {
+        "color": "red orange yellow green blue purple pink brown black white gray turquoise",
+        "material": "wooden glass metal plastic ceramic stone leather paper clay rubber woolen",
+        "texture": "smooth rough glossy matte fluffy striped dotted cracked",
+        "shape": "round square flat slender curved angular oval",
+    }.items()
 }
 """Other values for a kind that a dictionary has no alternatives for."""
 
@@ -44,7 +47,11 @@ _SAME_KIND = {
     "materials": "material",
     "textures": "texture",
     "shapes": "shape",
+    "patterns": "pattern",
     "part": "parts",
+    "accessory": "accessories",
+    "detail": "details",
+    "feature": "features",
 }
 # The order in which English has adjectives; kinds that are not here come first.
 _ORDER = ("size", "texture", "shape", "color", "pattern", "material")
@@ -58,8 +65,8 @@ _NO_CLASS = ("class", "class word", "class name", "name", "word")
 _TRIES = 20
 
 # Letters and sounds differ in "a unicorn", "a one-eyed cat", "an hourglass", "an 8-bit figure".
-_AN = re.compile(r"(?!eu|uni(?![mn])|us[eu]|u[kt]|onc?e)[aeiou]|hour|hono|honest|heir|8|1[18](?!\d)")
-_ARTICLES = re.compile(r"(?:(?:an?|the)\s+|[\s.])+", re.IGNORECASE)
+_AN = re.compile(r"(?!eu|ew|ufo|uni(?![mn])|us[eu]|u[kt]|onc?e)[aeiou]|hour|honou?r|honest|heir|8|1[18](?!\d)")
+_ARTICLES = re.compile(r"^(?:(?:an?|the)\s+|[\s.])+", re.IGNORECASE)
 
 _Chosen = Sequence[tuple[str, str]]
 """Kinds, each with one value."""
@@ -137,8 +144,7 @@ def subject_prompts(d: AttributeDictionary, token: str) -> list[str]:
     "a {token} red clay toy with round eyes". Parts and phrases such as "made of clay" follow the class, all else stands between
     the token and the class. Where not all combinations fit in, they are spread evenly over all.
 
-    Raises ValueError for an empty token, and for one that is also a word of the class or an attribute: regular pictures
-    would have it, too.
+    Raises ValueError for an empty token, and for one that is also in the class word or a value: it has to mean the subject alone.
     """
     token = " ".join(token.split())
     if not token:
@@ -146,22 +152,25 @@ def subject_prompts(d: AttributeDictionary, token: str) -> list[str]:
     for text in (d.class_word, *words(d), *_once(value for values in d.alternatives.values() for value in values)):
         if f" {token.casefold()} " in f" {text.casefold()} ":
             raise ValueError(
-                f"The subject's own word {token!r} is in {text!r} of the attribute dictionary, too, but it may mean nothing but "
-                "the subject: take another word, or take it out of there."
+                f"The subject's own word {_short(token)} is in {_short(text)} of the attribute dictionary as well: take one "
+                'that means nothing else, such as "sks".'
             )
-    alone = [[(kind, value)] for kind, values in d.attributes.items() for value in values]
-    prompts = [f"a photo of {_phrase(d.class_word, [], token)}"]
-    prompts += [_phrase(d.class_word, chosen, token) for chosen in [*alone, *_combinations(d.attributes, MOST_PROMPTS)]]
-    return list(dict.fromkeys(prompts))[:MOST_PROMPTS]
+    prompts = {f"a photo of {_phrase(d.class_word, [], token)}": None}
+    for kind, values in d.attributes.items():
+        prompts.update({_phrase(d.class_word, [(kind, value)], token): None for value in values})
+    several = _combinations(d.attributes, max(MOST_PROMPTS - len(prompts), 0))
+    prompts.update({_phrase(d.class_word, chosen, token): None for chosen in several})
+    return list(prompts)[:MOST_PROMPTS]
 
 
 def regular_prompts(d: AttributeDictionary, count: int, seed: int) -> list[str]:
-    """`count` prompts for regular pictures: things of the subject's class, "a photo of a blue glass toy", never with its own word.
+    """`count` prompts for regular pictures, which show others of the class: "a photo of a blue glass toy".
 
     Each has one or several kinds of the dictionary at random, with one of the kind's alternatives, or, where it has none, of
     `COMMON_WORDS`; other kinds are left out. Where nothing is left, the kinds of `COMMON_WORDS` are taken. No value is one of
-    the subject's own, of whatever kind; a common word is not even alike ("wooden" and "wood"). Prompts differ as long as a few
-    tries find new ones. The same seed gives the same prompts, and a larger count only more of them.
+    the subject's own, of whatever kind; a common word is not even alike ("wooden" and "wood"). The subject's own word is never
+    said. Prompts differ as long as a few tries find new ones. The same seed gives the same prompts, and a larger count only
+    more of them.
 
     Raises ValueError for a count below 1.
     """
@@ -169,22 +178,22 @@ def regular_prompts(d: AttributeDictionary, count: int, seed: int) -> list[str]:
         raise ValueError(f"{count} prompts were asked for, but at least 1 is needed.")
     others = _others(d, [*d.attributes, *d.alternatives]) or _others(d, COMMON_WORDS)
     rng = np.random.default_rng(seed)
-    prompts: dict[str, None] = {}
     made: list[str] = []
+    known = set()
     while len(made) < count:
         prompt = ""
         for _ in range(_TRIES):
             prompt = f"a photo of {_phrase(d.class_word, _drawn(others, rng))}"
-            if prompt not in prompts:
+            if prompt not in known:
                 break
-        prompts[prompt] = None
+        known.add(prompt)
         made.append(prompt)
     return made
 
 
 def _first_object(text: str) -> dict[str, Any]:
     # An example such as {this} in a sentence is none; where nothing looks like an object, the first brace tells what is wrong.
-    opening = re.search(r'\{\s*["}]', text) or re.search(r"\{", text)
+    opening = re.search(r'\{\s*"', text) or re.search(r"\{", text)
     try:
         if opening is None:
             raise json.JSONDecodeError("No { opens an object", text, len(text) - len(text.lstrip()))
@@ -197,7 +206,7 @@ def _first_object(text: str) -> dict[str, Any]:
         ) from None
 
 
-def _kinds(found: Any, name: str) -> dict[str, list[str]]:
+def _kinds(found: Any, name: str) -> dict[str, tuple[str, ...]]:
     if not isinstance(found, dict):
         raise ValueError(
             f"'{name}' of the attribute dictionary is {_short(found)}, but kinds with their words are needed, such as "
@@ -206,26 +215,25 @@ def _kinds(found: Any, name: str) -> dict[str, list[str]]:
     return {kind: _texts(kind, value) for kind, value in found.items()}
 
 
-def _texts(kind: str, value: Any) -> list[str]:
+def _texts(kind: str, value: Any) -> tuple[str, ...]:
     if value is None:
-        return []
+        return ()
     texts = [value] if isinstance(value, str) else value
     if not (isinstance(texts, list) and all(isinstance(of, str) for of in texts)):
         raise ValueError(
             f"{_short(kind)} of the attribute dictionary is {_short(value)}, but a text or a list of texts is needed, such as "
             '["red", "yellow"].'
         )
-    return texts
+    return tuple(texts)
 
 
 def _class_word(text: str) -> str:
-    word = _ARTICLES.sub("", " ".join(text.split()), count=1) if _ARTICLES.match(text.lstrip()) else text
-    word = " ".join(word.split()).rstrip(" .")
-    if not word and not text.strip():
+    word = _ARTICLES.sub("", " ".join(text.split())).rstrip(" .")
+    if not text.strip():
         raise ValueError('The class word is empty: say in one or two words what the subject is, such as "toy".')
     if _is_placeholder(word) or _key(word) in _NO_CLASS:
         raise ValueError(
-            f"The class word {_short(text)} is only a placeholder: say in one or two words what the subject is, such as \"toy\"."
+            f'The class word {_short(text)} is only a placeholder: say in one or two words what the subject is, such as "toy".'
         )
     return word
 
@@ -281,10 +289,8 @@ def _others(d: AttributeDictionary, kinds: Iterable[str]) -> dict[str, list[str]
     own_stems = {_stem(word) for value in own for word in re.findall(r"\w+", value)}
     found = {}
     for kind in dict.fromkeys(kinds):
-        if kind in d.alternatives:
-            values = [value for value in d.alternatives[kind] if value.casefold() not in own]
-        else:
-            values = [word for word in COMMON_WORDS.get(kind, ()) if _stem(word) not in own_stems]
+        values = [value for value in d.alternatives.get(kind, ()) if value.casefold() not in own]
+        values = values or [word for word in COMMON_WORDS.get(kind, ()) if _stem(word) not in own_stems]
         if values:
             found[kind] = values
     return found
@@ -304,7 +310,7 @@ def _drawn(kinds: Mapping[str, Sequence[str]], rng: np.random.Generator) -> _Cho
 
 
 def _phrase(class_word: str, chosen: _Chosen, token: str = "") -> str:
-    """ "a {token} red clay toy made by hand with round eyes". """
+    """Article, token, adjectives, class and what follows it: a {token} red clay toy made by hand with round eyes."""
     before, after, parts = [], [], []
     said = set()
     for kind, value in sorted(chosen, key=lambda one: _ORDER.index(one[0]) if one[0] in _ORDER else -1):

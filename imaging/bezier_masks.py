@@ -35,7 +35,8 @@ def bezier_masks(mask: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     around a subject smaller than the jitter it crosses itself and may have gaps, as in the release.
 
     Differs from the release: the subject itself is always inside, where there the corners' cut and the jitter may leave some of
-    it out. The amplitude, meant for training pictures of 1024 x 1024 pixels, is scaled with the longer side, and need not be whole.
+    it out. The amplitude, meant for training pictures of 1024 x 1024 pixels, is scaled with the longer side; it need not be
+    whole.
 
     A mask depends on `seed` and its place among the drawn alone. Returns float32 [count, H, W] of 0 and 1 on the mask's device.
     Raises ValueError for a batch of several masks, an empty subject and a count below 1.
@@ -56,7 +57,8 @@ def bezier_masks(mask: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 def _boxes(subject: np.ndarray) -> list[Box]:
     """The boxes of the parts' outer contours."""
     filled = np.asarray(ndimage.binary_fill_holes(subject))
-    labels = ndimage.label(filled, np.ones((3, 3)))[0]  # pyright: ignore[reportGeneralTypeIssues, reportIndexIssue]
+    labels = np.zeros(subject.shape, dtype=np.int32)
+    ndimage.label(filled, structure=np.ones((3, 3)), output=labels)
     return [(columns.start, rows.start, columns.stop, rows.stop) for rows, columns in ndimage.find_objects(labels)]
 
 

@@ -15,6 +15,7 @@ from . import (
     region,
     selection,
     starts,
+    subject_tuning,
     training_data,
 )
 
@@ -28,6 +29,7 @@ MODULES = (
     lar_gen,
     pilot,
     dreammix,
+    subject_tuning,
     starts,
     finish,
     compare,

@@ -67,11 +67,14 @@ def attached(unet: nn.Module, adapters: Mapping[str, LowRank]) -> Iterator[None]
 
 
 def as_file(adapters: Mapping[str, LowRank], unet_config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors of a LoRA file, under the names of diffusers' layers, which every LoRA loader of the host knows."""
+    """The tensors of a LoRA file, under the names of diffusers' layers where these have one, else under the host's own.
+
+    Every LoRA loader of the host knows both, other programs the first.
+    """
     names = {own: theirs for theirs, own in comfy.utils.unet_to_diffusers(unet_config).items()}
     tensors = {}
     for name, adapter in adapters.items():
-        key = "lora_unet_" + names[f"{name}.weight"].removesuffix(".weight").replace(".", "_")
+        key = "lora_unet_" + names.get(f"{name}.weight", name).removesuffix(".weight").replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = adapter.down.detach().cpu().contiguous()
         tensors[f"{key}.lora_up.weight"] = adapter.up.detach().cpu().contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(adapter.alpha)

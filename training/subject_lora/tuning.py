@@ -111,6 +111,11 @@ class Tuner:
         self.step = 0
 
     @property
+    def count(self) -> int:
+        """How many weights are trained."""
+        return sum(weight.numel() for weight in self._weights)
+
+    @property
     def unet_config(self) -> dict[str, Any]:
         """Of the model, for `adapters.as_file`."""
         return self._patcher.model.model_config.unet_config
