@@ -49,6 +49,7 @@ def changes(name: str) -> dict[str, dict[str, Any]]:
         "ImageScaleToTotalPixels": {"megapixels": MEGAPIXELS},
         "TrueFillCropRegion": {"native_size": NATIVE},
         "TrueFillUpscale": {"steps": STEPS - 1, "tile": 0},
+        "TrueFillDreamMix": {"steps": STEPS, "seed": SEED},
         "TrueFillPILOT": {**SHORT_PILOT, "steps": STEPS, "seed": SEED},
     }
     present = {node["class_type"] for node in api_graph(name).values()}

@@ -18,7 +18,7 @@ from PIL import Image
 from devtools.client import Client, GraphFailed
 from devtools.pack import ROOT, host_path, pack_module
 from devtools.server import Server
-from truefill_testing.stand_ins import ANYTHING, SHORT_PILOT, THE_MOON, place_stand_ins
+from truefill_testing.stand_ins import ANYTHING, SHORT_DREAMMIX, SHORT_PILOT, SHORT_TRAINING, THE_MOON, place_stand_ins
 
 WORKFLOWS = ROOT / "workflows"
 GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
@@ -188,6 +188,11 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
     pilots = every(graph, "TrueFillPILOT")
     for pilot in pilots:
         pilot |= SHORT_PILOT | {"steps": 2}
+    mixes = every(graph, "TrueFillDreamMix")
+    for mix in mixes:
+        mix |= SHORT_DREAMMIX
+    for training in every(graph, "TrueFillTrainSubject"):
+        training |= SHORT_TRAINING
     crops, upscalers = every(graph, "TrueFillCropRegion"), every(graph, "TrueFillUpscale")
     for crop in crops:
         crop["native_size"] = 256
@@ -200,6 +205,9 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
         original = crops[0]["image"]
     elif pilots:
         original, edits = pilots[0]["image"], [(pilots[0]["mask"], pilots[0]["feather"] + 1)]
+    elif mixes:
+        # Its soft edge is square: farther in the corners.
+        original, edits = mixes[0]["image"], [(mixes[0]["mask"], 1.5 * mixes[0]["feather"])]
     else:
         composites = every(graph, "ImageCompositeMasked")
         original, edits = composites[0]["destination"], [(composites[0]["mask"], 0)]

@@ -24,6 +24,10 @@ THE_MOON = {"include": '[{"x":45,"y":80}]', "exclude": ""}
 """Settings of Segment that mean something to the segmenter in the toy scene, all that it has learned to see."""
 SHORT_PILOT = {"preset": "text", "interval": 2, "iterations": 1}
 """Settings of PILOT's nodes with which two steps take three passes."""
+SHORT_DREAMMIX = {"steps": 2, "local_share": 0.5, "native_size": 128}
+"""Settings of DreamMix's node with which each stage takes one small step."""
+SHORT_TRAINING = {"steps": 1, "accumulate": 1, "native_size": 128}
+"""Settings of Train Subject with which it learns next to nothing."""
 SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
 """A pack for the server: without it the host would wait for layers that the file does not have."""
 SMALL_CLIP_H = ROOT / "tests" / "support" / "small_clip_h"
