@@ -108,6 +108,9 @@ class Tuner:
                 of.to(self._patcher.load_device)
             self._weights = [weight for of in self.adapters.values() for weight in of.parameters()]
             self.optimizer = torch.optim.Adam(self._weights, lr=tuning.learning_rate)
+        # Small gradients are 0 in float16.
+        is_half = self._patcher.model.get_dtype_inference() == torch.float16
+        self._scaler = torch.amp.GradScaler(self._patcher.load_device.type, enabled=is_half)
         self.step = 0
 
     @property
@@ -132,7 +135,9 @@ class Tuner:
         The MODEL is as it was afterwards, also after an error or an interrupt.
         """
         patcher, tuning = self._patcher, self._tuning
-        comfy.model_management.load_models_gpu([patcher])
+        # A pass with a gradient keeps about as much again as one without needs.
+        needed = 2 * patcher.memory_required(list(subject[0].latent.shape))
+        comfy.model_management.load_models_gpu([patcher], memory_required=needed)
         unet, device = patcher.model.diffusion_model, patcher.load_device
         patcher.pre_run()
         try:
@@ -156,11 +161,13 @@ class Tuner:
                     continue
                 chosen = draw(examples, timesteps, tuning.seed, self.step, part, is_regular)
                 loss = weight * self._loss(examples[chosen.example], chosen, device) / tuning.accumulate
-                loss.backward()
+                self._scaler.scale(loss).backward()
                 total += float(loss.detach())
                 comfy.model_management.throw_exception_if_processing_interrupted()
+        self._scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self._weights, tuning.clip)
-        self.optimizer.step()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total
 

@@ -214,3 +214,20 @@ def test_models_that_cant_be_tuned_get_one_sentence() -> None:
     patcher.model = type("SD", (), {"model_type": comfy.model_base.ModelType.EPS, "diffusion_model": small})()
     with pytest.raises(ValueError, match=r"quantized \(weight: float8_e4m3fn\)"):
         tuning.check(patcher)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_learns_the_same(dtype: torch.dtype) -> None:
+    """The LoRA is in full precision; the model's rounding is all that differs, and no gradient is lost."""
+    found = {}
+    for kind in (torch.float32, dtype):
+        tuner = tuning.Tuner(patcher_of("sd15", False, kind), settings(steps=1, accumulate=1))
+        told: list[float] = []
+        tuner.run([example_of("sd15", False, 30)], [], lambda step, loss, told=told: told.append(loss))
+        found[kind] = (told[0], torch.cat([of.up.detach().flatten() for of in tuner.adapters.values()]))
+    (exact_loss, exact), (loss, half) = found[torch.float32], found[dtype]
+    assert loss == pytest.approx(exact_loss, rel=0.05)
+    assert half.dtype == torch.float32 and half.isfinite().all()
+    # Adam's first step is the gradient's sign: most of them agree.
+    assert float((half.sign() == exact.sign()).float().mean()) > 0.9
