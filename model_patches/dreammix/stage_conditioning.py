@@ -34,15 +34,9 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it shows the pictures as they are, but for what lies beyond their right and lower border."""
+        """Whether it shows the pictures as they are."""
         height, width = self.picture_size
-        return all(
-            (box.height, box.width) == self.size
-            and (box.left, box.top) == (0, 0)
-            and box.bottom >= height
-            and box.right >= width
-            for box in self.boxes
-        )
+        return self.size == self.picture_size and all(tuple(box) == (0, 0, width, height) for box in self.boxes)
 
     def of(self, planes: torch.Tensor) -> torch.Tensor:
         """The part of planes [B, C, h, w] of any size that show the whole pictures: [boxes or B, C, *size], float32."""

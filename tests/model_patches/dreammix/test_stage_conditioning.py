@@ -119,7 +119,13 @@ def test_sizes_concat_and_the_raw_pooled_output() -> None:
 def test_a_whole_picture_changes_no_area_mask_or_control() -> None:
     mask, control = torch.ones(1, 5, 7), object()
     entry = {"mask": mask, "control": control, "area": (4, 4, 0, 0)}
+    whole = stage.Part(PICTURE, (region_plan.Box(0, 0, 128, 96),), PICTURE)
+    assert whole.is_whole and entry_of(entry, whole) == entry
+    # Continued to what the VAE takes: what is there stays where it is.
     continued = stage.Part((93, 128), (region_plan.Box(0, 0, 128, 96),), (96, 128))
-    assert continued.is_whole and entry_of(entry, continued) == entry
+    where = torch.rand(1, 93, 128)
+    made = entry_of({"mask": where, "area": (4, 4, 2, 0)}, continued)
+    assert torch.equal(made["mask"][:, :93], where) and made["mask"].shape == (1, 96, 128)
+    assert made["area"] == (4, 4, 2, 0)
     # A corner of a larger picture is none, though nothing is resized.
     assert not part_of((64, 64), region_plan.Box(0, 0, 64, 64)).is_whole

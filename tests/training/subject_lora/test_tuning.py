@@ -61,7 +61,7 @@ def literally(
     pairs = {}
     # As they lie in the network: each attention's keys, then its values.
     for name in names:
-        rows, columns = unet.get_submodule(name).weight.shape
+        rows, columns = unet.get_parameter(f"{name}.weight").shape
         down = (torch.randn(given.rank, columns, generator=generator) / given.rank).double().requires_grad_()
         pairs[name] = (down, torch.zeros(rows, given.rank, dtype=torch.float64, requires_grad=True))
     weights = [weight for pair in pairs.values() for weight in pair]
@@ -95,7 +95,8 @@ def literally(
                     pooled_output=options["pooled_output"], width=8 * SIZE[1], height=8 * SIZE[0]
                 )
                 merged = {
-                    f"{name}.weight": unet.get_submodule(name).weight + up @ down for name, (down, up) in pairs.items()
+                    f"{name}.weight": unet.get_parameter(f"{name}.weight") + up @ down
+                    for name, (down, up) in pairs.items()
                 }
                 arguments = (z, torch.tensor([float(time)], dtype=torch.float64))
                 keywords = {"context": context.double(), "y": None if y is None else y.double()}
