@@ -19,6 +19,7 @@ import comfy.samplers  # isort: skip
 load_pack()
 two_stage_sampler = pack_module("model_patches.dreammix.two_stage_sampler")
 region_plan = pack_module("imaging.region_plan")
+stage_conditioning = pack_module("model_patches.dreammix.stage_conditioning")
 fill = pack_module("imaging.fill")
 region = pack_module("imaging.region")
 seam = pack_module("imaging.seam")
@@ -385,3 +386,13 @@ def test_bad_input_gets_one_sentence() -> None:
         )
     with pytest.raises(ValueError, match="mask"):
         sampled(scene, 0.5, picture=picture_of(2), hole=hole_of().repeat(3, 1, 1))
+
+
+def test_the_raw_pooled_output_is_for_the_second_stage() -> None:
+    scene = Scene("sdxl", False, True, torch.float32)
+    guider = guider_of(scene)
+    (entry,) = guider.original_conds["positive"]
+    entry[stage_conditioning.RAW_POOLED_KEY] = entry["pooled_output"] + 1.0
+    for share, counts in ((0.0, False), (0.5, True), (1.0, False)):
+        raw, own = (sampled(scene, share, guider=guider, raw_pooled=wanted)[0] for wanted in (True, False))
+        assert torch.equal(raw, own) != counts
