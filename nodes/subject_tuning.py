@@ -319,7 +319,7 @@ def _run(
             keep_unfinished(file, tuner, identity)
         raise
     # A run that had been finished, but for its file, has nothing to report.
-    return losses or [{"step": tuner.step, "loss": 1.0}]
+    return losses or [{"step": tuner.step, "loss": float("nan")}]
 
 
 def _regular(given: dict[str, list[Any]], clip: Any, encoded: Any) -> list[Example]:

@@ -105,7 +105,7 @@ def literally(
                 loss = weighted_loss((made - right) ** 2, of_mask, given.inside, given.outside)
                 loss = share * loss / given.accumulate
                 loss.backward()
-                losses[-1] += float(loss)
+                losses[-1] += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(weights, given.clip)
         optimizer.step()
     return {name: (up @ down).detach() for name, (down, up) in pairs.items()}, losses
@@ -142,8 +142,7 @@ def test_two_steps_are_the_literal_ones(family: str, inpainting: bool, v_predict
     assert all(bool(of.up.abs().max() > 0) for of in tuner.adapters.values())
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize(("family", "outputs"), [("sd15", False), ("sdxl", True)])
+@pytest.mark.parametrize(("family", "outputs"), [pytest.param("sd15", False, marks=pytest.mark.quick), ("sdxl", True)])
 def test_the_file_is_what_was_trained_and_loads_in_the_host(family: str, outputs: bool) -> None:
     """By the host's LoRA loader: it changes the projections of the attentions, and by up @ down."""
     patcher = patcher_of(family, False, torch.float32)
@@ -189,7 +188,6 @@ def test_the_model_is_as_it_was_also_after_an_interrupt() -> None:
     assert not any(module._forward_hooks for module in patcher.model.modules())
 
 
-@pytest.mark.quick
 def test_a_run_in_two_parts_and_without_recomputing_is_the_same() -> None:
     patcher = patcher_of("sd15", True, torch.float32)
     examples = [example_of("sd15", True, 30)]
@@ -217,7 +215,6 @@ def test_models_that_cant_be_tuned_get_one_sentence() -> None:
         tuning.check(patcher)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_learns_the_same(dtype: torch.dtype) -> None:
     """The LoRA is in full precision; the model's rounding is all that differs, and no gradient is lost."""
