@@ -16,7 +16,6 @@ Time and memory are ratios to share 0, the plain run of as many steps on the who
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import platform
 import statistics
@@ -24,7 +23,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +37,9 @@ from ..training.demo.samples import grid
 from ..training.world.attributes import SIZE, SceneObject
 from ..training.world.scenes import render_objects
 from ..training.world.triplets import Triplet, make_triplet
-from ..weights.demo_model import FILES, FOLDER, load_demo_model
+from ..weights.demo_model import FOLDER, load_demo_model
 from .accuracy import MODELS, as_image
+from .bench_accuracy import digest
 from .judge import Judge
 from .memory import PeakMemory
 from .metrics import background_error, mean_interval, seam_visibility, wilson_interval
@@ -163,12 +162,6 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What an outcome depends on besides its side, share and index."""
     names = ("split", "model", "steps", "cfg")
     return {"weights": digest(options.weights), **{name: getattr(options, name) for name in names}}
-
-
-@cache
-def digest(folder: Path) -> str:
-    """Which weights these are."""
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in sorted(FILES.values()))).hexdigest()[:12]
 
 
 def kept(options: argparse.Namespace) -> dict[tuple[int, float, int], dict[str, Any]]:

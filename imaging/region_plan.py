@@ -14,6 +14,8 @@ _NO_RESAMPLING = Fraction(1, 100)
 _FEW_PIXELS = 8
 _ANY_ASPECT = 1e6
 _LOCAL_GROWTH = 1.15
+LOCAL_SHARE = 0.618
+"""How much of a picture's width and height DreamMix's local region has at least (released code)."""
 
 
 class Box(NamedTuple):

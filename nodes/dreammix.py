@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..imaging.fill import Fill
 from ..imaging.masks import log_noise, resize_mask
-from ..imaging.region_plan import RegionSettings
+from ..imaging.region_plan import LOCAL_SHARE, RegionSettings
 from ..imaging.seam import square_ramp
 from ..model_patches.dreammix.attribute_substitution import (
     PREFIX,
@@ -57,7 +57,7 @@ def _stage_inputs() -> list[io.Input]:
         ),
         io.Float.Input(
             "context",
-            default=0.618,
+            default=LOCAL_SHARE,
             min=0.0,
             max=1.0,
             step=0.001,

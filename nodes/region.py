@@ -7,10 +7,9 @@ from comfy_api.latest import io
 from ..imaging.fill import Fill, fill_pictures
 from ..imaging.masks import log_noise
 from ..imaging.region import crop
-from ..imaging.region_plan import RegionSettings
+from ..imaging.region_plan import LOCAL_SHARE, RegionSettings
 
 AS_SET, ZOOM_IN, LOCAL = "as set above", "LAR-Gen's zoom-in", "DreamMix's local region"
-_LOCAL_SHARE = 0.618
 
 RegionType = io.Custom("REGION")
 """What Crop Region remembers for Stitch Region: an `imaging.region.Region`."""
@@ -136,7 +135,7 @@ class TrueFillCropRegion(io.ComfyNode):
                     advanced=True,
                     tooltip="In the place of what the inputs from context_percent to height say, but for feather and multiple. "
                     "LAR-Gen's zoom-in: a square, 1.3 times the hole's box, at native_size. DreamMix's local region: as square "
-                    "as can be, at least 0.618 of the picture in width and height.",
+                    f"as can be, at least {LOCAL_SHARE} of the picture in width and height.",
                 ),
                 io.Boolean.Input(
                     "fill_box",
@@ -193,7 +192,7 @@ class TrueFillCropRegion(io.ComfyNode):
         presets = {
             AS_SET: as_set,
             ZOOM_IN: RegionSettings.zoom_in(native_size, multiple),
-            LOCAL: RegionSettings.local(native_size, _LOCAL_SHARE, multiple),
+            LOCAL: RegionSettings.local(native_size, LOCAL_SHARE, multiple),
         }
         log_noise("Crop Region", mask=mask, context_mask=context_mask)
         return io.NodeOutput(*crop(image, mask, presets[framing], context_mask, feather, fill_box))

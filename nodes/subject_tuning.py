@@ -262,9 +262,7 @@ class TrueFillTrainSubject(io.ComfyNode):
         subject = [encoded("subject", *pair, prompts, k) for k, pair in enumerate(zip(pictures, masks, strict=True))]
         regular = _regular(given, one["clip"], encoded)
         if len(pictures) == 1:
-            announce(
-                "Train Subject: there is one picture of the subject; two or more keep it from being learned with its place."
-            )
+            announce("Train Subject: there is one picture of the subject; DreamMix takes several.")
         size = training_size(pictures[0].shape[0], pictures[0].shape[1], one["native_size"])
         weights, needed = tuner.count, model.model_size() + model.memory_required([1, 4, size[0] // 8, size[1] // 8])
         announce(

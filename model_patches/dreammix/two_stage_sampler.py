@@ -25,14 +25,14 @@ from ...imaging.harmonize import ONLY_BLEND, harmonize_pictures
 from ...imaging.masks import resize_mask
 from ...imaging.pictures import check_pictures, common_count
 from ...imaging.region import Region, crop, stitch
-from ...imaging.region_plan import Box, RegionSettings
+from ...imaging.region_plan import LOCAL_SHARE, Box, RegionSettings
 from ...imaging.seam import square_ramp
 from ..core.sampling_run import with_masks
 from .stage_conditioning import Part, conditionings_of
 
 Background = Literal["intermediate", "original"]
 
-_LOCAL = RegionSettings.local(1024, 0.618, 64)
+_LOCAL = RegionSettings.local(1024, LOCAL_SHARE, 64)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from devtools.pack import load_pack, pack_module
-from truefill_testing.literal_dreammix import Stage, two_stages
+from truefill_testing.literal_dreammix import Stage, pooled_mask, two_stages
 from truefill_testing.literal_sampling import nearest_timestep
 from truefill_testing.scene import Scene, exact_unet, forget_models
 
@@ -238,8 +238,14 @@ def test_it_is_the_hosts_nodes_one_after_another(sampler: str) -> None:
         whole = torch.nn.functional.pad(pasted.movedim(-1, 1), (0, 4, 0, 3), mode="replicate").movedim(1, -1)
         whole_hole = torch.nn.functional.pad(hole_of(), (0, 4, 0, 3))
         last = by_hand(scene, sampler, whole, whole_hole, sigmas[2:], SEED + 1)[0]
+        again, left = two_stage_sampler.restart(pasted, hole_of(), VAE, sigmas, 0.5)
         made = VAE.decode(last)[:, : SIZE[0], : SIZE[1]]
     assert torch.equal(at_switch, pasted)
+    # The node that restarts from a picture gives the host the same.
+    assert torch.equal(left, sigmas[2:]) and torch.equal(again["samples"], VAE.encode(whole))
+    assert torch.equal(
+        again["noise_mask"][:, 0], torch.from_numpy(pooled_mask(whole_hole[0].numpy() > 0)).float()[None]
+    )
     right = torch.where(weight[..., None] == 0, picture_of(), torch.lerp(picture_of(), made, weight[..., None]))
     assert float((ours - right).abs().max()) < 1e-6
 
@@ -284,8 +290,15 @@ def test_without_a_hole_nothing_is_sampled() -> None:
     scene = Scene("sd15", False, True, torch.float32)
     said: list[str] = []
     picture = picture_of()
-    # Gray noise of a mask is no hole; a guider that can't sample shows that none was asked.
-    made, at_switch = sampled(scene, 0.5, picture=picture, hole=torch.full((1, *SIZE), 1 / 255), said=said)
+    guider = guider_of(scene)
+
+    def none(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is to be sampled")
+
+    guider.sample = none
+    # Gray noise of a mask is no hole.
+    empty = torch.full((1, *SIZE), 1 / 255)
+    made, at_switch = sampled(scene, 0.5, guider=guider, picture=picture, hole=empty, said=said)
     assert torch.equal(made, picture) and torch.equal(at_switch, picture)
     assert said == ["DreamMix: the mask has no hole, so the picture stays as it is."]
 
@@ -396,3 +409,40 @@ def test_the_raw_pooled_output_is_for_the_second_stage() -> None:
     for share, counts in ((0.0, False), (0.5, True), (1.0, False)):
         raw, own = (sampled(scene, share, guider=guider, raw_pooled=wanted)[0] for wanted in (True, False))
         assert torch.equal(raw, own) != counts
+
+
+@pytest.mark.quick
+def test_a_restart_without_a_step_or_a_mask() -> None:
+    sigmas = torch.linspace(1.0, 0.0, 5)
+    latent, left = two_stage_sampler.restart(picture_of(), None, VAE, sigmas, 0.0)
+    assert "noise_mask" not in latent and torch.equal(left, sigmas)
+    with pytest.raises(ValueError, match="No step is left of 4 when a share of 1 is done"):
+        two_stage_sampler.restart(picture_of(), None, VAE, sigmas, 1.0)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("framing", "settings"),
+    [
+        ("DreamMix's local region", region_plan.RegionSettings.local(64, 0.618, 8)),
+        ("LAR-Gen's zoom-in", region_plan.RegionSettings.zoom_in(64, 8)),
+        ("as set above", region_plan.RegionSettings(native_size=64, context_percent=10.0, max_upscale=1.0, min_side=1)),
+    ],
+)
+def test_crop_region_has_the_crops_of_the_methods(framing: str, settings: Any) -> None:
+    nodes = pack_module("nodes.region")
+    given = {"context_percent": 10.0, "context_pixels": 32, "min_side": 1, "max_upscale": 1.0, "max_aspect": 2.0}
+    made = nodes.TrueFillCropRegion.execute(
+        picture_of(),
+        hole_of(),
+        64,
+        feather=0.0,
+        multiple=8,
+        width=0,
+        height=0,
+        framing=framing,
+        fill_box=False,
+        **given,
+    )
+    expected = region.crop(picture_of(), hole_of(), settings)
+    assert torch.equal(made.args[0], expected[0]) and made.args[2].plan == expected[2].plan
