@@ -34,7 +34,7 @@ class Method:
     """
 
     name: ClassVar[str]
-    """As people know it: in messages, and one of each name on a model."""
+    """As people know it, in messages."""
     order: ClassVar[int]
     """Methods edit a call from the lowest to the highest; the highest is the outermost in `evaluate` and `call_unet`."""
     records_graph: ClassVar[bool] = False
@@ -45,12 +45,25 @@ class Method:
     end_percent: float = 1.0
     mask: torch.Tensor | None = None
 
+    @property
+    def key(self) -> str:
+        """One of each key is on a model. It is the name, unless there may be several of a method."""
+        return self.name
+
     def check(self, model: ModelPatcher) -> None:
         """Raises ValueError, in one sentence, for a model that the method can't act on."""
 
     def models(self) -> Sequence[ModelPatcher]:
         """Further networks, which the host's memory manager then loads with the model; in a run: `SamplingRun.models`."""
         return ()
+
+    def of_part(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> Method:
+        """The settings for a sampler that works on a part of the picture: `cut` takes planes [B, C, H, W] of it, float32."""
+        return self if self.mask is None else replace(self, mask=cut(self.mask))
+
+    def prepared(self, size: tuple[int, int]) -> Method:
+        """The settings for latents of `size` (height, width): asked before the models of a run are loaded."""
+        return self
 
     def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun | None:
         """Joins a run. `hole` [B, 1, h, w] in [0, 1] is how much of each latent cell is hole; it is never empty."""

@@ -34,7 +34,7 @@ _RUN = "TrueFill run"
 
 
 def with_method(model: ModelPatcher, settings: Method) -> ModelPatcher:
-    """Returns a clone of `model` that samples with a method; it replaces one of the same name. Strength 0 takes that one off.
+    """Returns a clone of `model` that samples with a method; it replaces one of the same key. Strength 0 takes that one off.
 
     Raises ValueError for a model that the method can't act on, and for a mask that is none.
     """
@@ -45,37 +45,48 @@ def with_method(model: ModelPatcher, settings: Method) -> ModelPatcher:
     # Weights that the host may evict between the forward and the backward pass cannot be differentiated through.
     model = model.clone(disable_dynamic=True) if acts and settings.records_graph else model.clone()
     options: dict[str, Any] = model.model_options
-    others = {name: other for name, other in _methods(options).items() if name != settings.name}
-    options[KEY] = {**others, settings.name: settings} if acts else others
-    model.remove_additional_models(_models_key(settings.name))
+    others = {key: other for key, other in _methods(options).items() if key != settings.key}
+    options[KEY] = {**others, settings.key: settings} if acts else others
+    model.remove_additional_models(_models_key(settings))
     if acts and (networks := settings.models()):
-        model.set_additional_models(_models_key(settings.name), list(networks))
-    model.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    if options[KEY]:
-        model.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _sample)
+        model.set_additional_models(_models_key(settings), list(networks))
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, _prepare), (WrappersMP.SAMPLER_SAMPLE, _sample)):
+        model.remove_wrappers_with_key(kind, KEY)
+        if options[KEY]:
+            model.add_wrapper_with_key(kind, KEY, wrapper)
     return model
 
 
-def with_masks(model: ModelPatcher, change: Callable[[torch.Tensor], torch.Tensor]) -> ModelPatcher:
-    """`model` with the masks of its methods, float32 [B, 1, H, W], as `change` makes them: for a sampler that works on a part."""
+def method_keys(model: ModelPatcher) -> Sequence[str]:
+    """The keys of the methods that are on a model."""
+    return tuple(_methods(model.model_options))
+
+
+def of_part(model: ModelPatcher, cut: Callable[[torch.Tensor], torch.Tensor]) -> ModelPatcher:
+    """`model` with its methods for a sampler that works on a part of the picture (`Method.of_part`)."""
     methods = _methods(model.model_options)
     model = model.clone()
     options: dict[str, Any] = model.model_options
     if methods:
-        options[KEY] = {
-            name: method if method.mask is None else replace(method, mask=change(method.mask))
-            for name, method in methods.items()
-        }
+        options[KEY] = {key: method.of_part(cut) for key, method in methods.items()}
     return model
 
 
 def _methods(model_options: Mapping[str, Any]) -> dict[str, Method]:
-    """What the nodes have asked for. Never changed, only replaced: clones of a model share it."""
+    """What the nodes have asked for, by key. Never changed, only replaced: clones of a model share it."""
     return model_options.get(KEY, {})
 
 
-def _models_key(name: str) -> str:
-    return f"{KEY} {name}"
+def _models_key(settings: Method) -> str:
+    return f"{KEY} {settings.key}"
+
+
+def _prepare(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Wrapper around the host's `CFGGuider.outer_sample`, whose `model_options` are the run's own."""
+    guider, size = executor.class_obj, (noise.shape[-2], noise.shape[-1])
+    methods = {key: method.prepared(size) for key, method in _methods(guider.model_options).items()}
+    guider.model_options = {**guider.model_options, KEY: methods}
+    return executor(noise, *args, **kwargs)
 
 
 def _sample(
@@ -184,7 +195,7 @@ class SamplingRun:
 
     def models(self, settings: Method) -> list[ModelPatcher]:
         """The method's further networks (`Method.models`), as the host has loaded them."""
-        return self._guider.model_patcher.get_additional_models_with_key(_models_key(settings.name))
+        return self._guider.model_patcher.get_additional_models_with_key(_models_key(settings))
 
     def hole(self, mask: torch.Tensor | None, who: str) -> torch.Tensor:
         """How much of each cell of the latent is hole, [B, 1, h, w], by `mask`, else by what latent or conditioning say.
@@ -206,17 +217,17 @@ class SamplingRun:
             )
 
     def begin(self, settings: Method) -> None:
-        """Lets a method take part, unless one of its name does already, or there is no hole.
+        """Lets a method take part, unless one of its key does already, or there is no hole.
 
         Raises ValueError, in one sentence, for a compiled model and where nobody says where the hole is.
         """
         refuse_compiled(self.options, settings.name)
-        if settings.name in self._guests:
+        if settings.key in self._guests:
             return
         hole = self.hole(settings.mask, settings.name)
         guest = settings.begin(self, hole) if bool(hole.any()) else None
         if guest is not None:
-            self._join(_Guest(settings.name, settings.order, guest, self._window(settings)))
+            self._join(_Guest(settings.key, settings.order, guest, self._window(settings)))
 
     @contextmanager
     def with_guest(self, name: str, order: int, guest: MethodRun) -> Iterator[None]:

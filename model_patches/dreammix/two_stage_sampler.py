@@ -27,7 +27,7 @@ from ...imaging.pictures import check_pictures, common_count
 from ...imaging.region import Region, crop, stitch
 from ...imaging.region_plan import LOCAL_SHARE, Box, RegionSettings
 from ...imaging.seam import square_ramp
-from ..core.sampling_run import with_masks
+from ..core.sampling_run import of_part
 from .stage_conditioning import Part, conditionings_of
 
 Background = Literal["intermediate", "original"]
@@ -217,7 +217,7 @@ class _Stages:
         run = self._run
         guider = copy.copy(run.guider)
         if not part.is_whole:
-            guider.model_patcher = with_masks(guider.model_patcher, part.of)
+            guider.model_patcher = of_part(guider.model_patcher, part.of)
             guider.model_options = guider.model_patcher.model_options
         concat = {}
         has_own = any("concat_latent_image" in entry for of in guider.original_conds.values() for entry in of)

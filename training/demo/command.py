@@ -9,6 +9,8 @@
     subject-assign    LAR-Gen's first stage, from inpaint: text and subject (encodes subjects in scenes first)
     subject-refine    LAR-Gen's second stage: a reference network
     subject-likeness  whether two crops show the same object, for the benchmark
+    branch       PainterNet: a control branch beside text2image, from inpaint (encodes objects in scenes first)
+    branch-without-loss, branch-of-layers    its ablations: no attention loss; no attention control points either
     samples      grids of pictures of what has been trained so far
     export       the files for the host, in half precision
 
@@ -39,6 +41,9 @@ DEFAULTS = {
     "subject-likeness": Settings(steps=900, batch=48, learning_rate=1e-3),
     "subject-assign": Settings(steps=3_500, batch=16, learning_rate=5e-4),
     "subject-refine": Settings(steps=2_400, batch=16, learning_rate=5e-4),
+    "branch": Settings(steps=2_000, batch=16, learning_rate=5e-4),
+    "branch-without-loss": Settings(steps=2_000, batch=16, learning_rate=5e-4),
+    "branch-of-layers": Settings(steps=2_000, batch=16, learning_rate=5e-4),
 }
 
 
@@ -64,7 +69,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quadruples", type=positive, default=6_144, help="subjects that are encoded (default: %(default)s)"
     )
     parser.add_argument(
-        "--folder", type=Path, help="further subjects: pictures with masks and prompts, as Save Subjects writes them"
+        "--regions", type=positive, default=8_192, help="objects that are encoded for a branch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="further subjects or regions: pictures with masks and prompts, as Save Subjects writes them",
     )
     parser.add_argument(
         "--device",

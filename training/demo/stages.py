@@ -7,12 +7,15 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ..lar_gen.stages import SubjectSource, subject_task
 from ..loop import Progress, Settings, Task, Trainer, averaged_weights
+from ..painternet.branch import KINDS
+from ..painternet.stages import branch_task
 from . import export as exporting
 from . import samples as grids
 from .classifier import ClassifierTask
@@ -97,20 +100,28 @@ def make_task(
     if options.stage.startswith("subject-"):
         source = SubjectSource(options.runs, options.quadruples, options.folder)
         return subject_task(options.stage, source, settings.seed, device, stop, console.show)
-    holes = options.stage == "inpaint"
-    vae = trained_vae(options.runs, device)
-    sets = []
-    for split, count in (("dev", DEV_SCENES), ("train", options.scenes)):
-        started, first = time.monotonic(), [-1]
 
-        def report(done: int, total: int, split=split, started=started, first=first) -> None:
-            if first[0] < 0:
-                first[0] = done
+    def reporter(split: str) -> Callable[[int, int], None]:
+        started = time.monotonic()
+        first: list[int] = []
+
+        def report(done: int, total: int) -> None:
+            first.append(done)
             rate = (done - first[0]) / max(time.monotonic() - started, 1e-9)
             left = f"  {duration((total - done) / rate)} left" if rate else ""
             console.show(f"encoding scenes ({split}): {done}/{total} files{left}")
 
-        latents = load_latents(options.runs / "latents", vae, split, count, holes, device, stop, report)
+        return report
+
+    if options.stage in KINDS:
+        return branch_task(
+            options.stage, options.runs, options.regions, options.folder, settings.seed, device, stop, reporter
+        )
+    holes = options.stage == "inpaint"
+    vae = trained_vae(options.runs, device)
+    sets = []
+    for split, count in (("dev", DEV_SCENES), ("train", options.scenes)):
+        latents = load_latents(options.runs / "latents", vae, split, count, holes, device, stop, reporter(split))
         if latents is None:
             return None
         sets.append(latents)

@@ -1,0 +1,235 @@
+"""A control branch on a MODEL: PainterNet's, PowerPaint's or BrushNet's.
+
+In each call of the UNet the branch sees the call's own noisy latent, the picture with black in the hole, and where to keep it;
+what it says of them goes into the UNet (`network.injected`). Its text is the local prompt: the one it was given, or else the
+UNet's.
+
+A gradient through the UNet (RASG, PILOT) takes what the branch says as it is, and does not go through the branch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+
+from ...imaging.masks import as_mask_batch, hole_of, resize_mask
+from ...imaging.pictures import check_pictures, common_count, resampled
+from ..core.autograd import as_ordinary
+from ..core.call_rows import PromptRows, repeat_to_batch
+from ..core.protocol import Method, MethodRun, UNetCall
+from ..core.sampling_run import SamplingRun, method_keys, with_method
+from ..core.unet_attention import require_unet, transformer_places
+from .network import BranchNetwork, Features, injected, layer_points, width_of
+
+LATENT_CHANNELS = 4
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Text:
+    """A prompt for a branch: its embedding [B, tokens, channels], and SDXL's pooled one [B, channels]."""
+
+    context: torch.Tensor
+    pooled: torch.Tensor | None
+
+    @staticmethod
+    def of(conditioning: Sequence[Any] | None, name: str) -> Text | None:
+        """Of a CONDITIONING. Raises ValueError, which calls it `name`, where it is several."""
+        if conditioning is None:
+            return None
+        if len(conditioning) != 1:
+            raise ValueError(
+                f"Apply Branch's {name} is {len(conditioning)} prompts in one (Conditioning Combine, or areas), and a branch "
+                "reads one: connect the prompt of what is in the hole."
+            )
+        ((context, options),) = conditioning
+        return Text(context=context, pooled=options.get("pooled_output"))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Branch(Method):
+    """Settings; `strength` is the preservation scale w. What is in the hole, `mask`, is hidden from the branch.
+
+    number: which of several branches on a model it is.
+    network: the branch (`network.branch_model`).
+    kind: whose it is, for messages.
+    vae, picture: what encodes [B, 3, H, W] in [0, 1], the picture it is to preserve.
+    latents: of the picture without the hole, as the VAE gives them, for the run's size (`prepared`).
+    positive, negative: what it reads in the place of the UNet's prompts.
+    layer_scale, attention_scale: factors of w for its layer points and its attention control points.
+    """
+
+    name: ClassVar = "Apply Branch"
+    # After Refine, whose look at the subject goes through the UNet itself.
+    order: ClassVar = 160
+
+    number: int = 0
+    network: ModelPatcher
+    kind: str
+    vae: Any
+    picture: torch.Tensor
+    latents: torch.Tensor | None = None
+    positive: Text | None = None
+    negative: Text | None = None
+    layer_scale: float = 1.0
+    attention_scale: float = 1.0
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.number}"
+
+    def models(self) -> Sequence[ModelPatcher]:
+        return (self.network,)
+
+    def check(self, model: object) -> None:
+        unet = require_unet(model, self.name)
+        branch: BranchNetwork = self.network.model
+        pair = [[width_of(layer) for layer in layer_points(of)] for of in (branch.unet, unet)]
+        if pair[0] != pair[1]:
+            families = [_family(of) for of in (branch.unet, unet)]
+            raise ValueError(
+                f"{self.name} was given {families[0]} branch ({self.kind}, {len(pair[0])} layers) and {families[1]} MODEL "
+                f"({len(pair[1])} layers): load a branch and a checkpoint of one family."
+            )
+        widths = [{t.cross.to_k.weight.shape[1] for t in transformer_places(of)} for of in (branch.unet, unet)]
+        own = self.positive or self.negative
+        read = {own.context.shape[-1]} if own else widths[1]
+        if widths[0] and widths[0] != read:
+            raise ValueError(
+                f"{self.name}'s branch ({self.kind}) reads prompts of width {widths[0].pop()}, and this one's is {read.pop()}: "
+                "encode its prompt with the CLIP that belongs to it."
+            )
+
+    def of_part(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> Branch:
+        assert self.mask is not None
+        return replace(self, mask=cut(self.mask), picture=cut(self.picture), latents=None)
+
+    def prepared(self, size: tuple[int, int]) -> Branch:
+        if self.latents is not None and tuple(self.latents.shape[-2:]) == size:
+            return self
+        assert self.mask is not None
+        return replace(self, latents=masked_latents(self.vae, self.picture, self.mask, size))
+
+    def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun | None:
+        if not (self.layer_scale or self.attention_scale):
+            return None
+        assert self.latents is not None and self.mask is not None
+        if self.latents.shape[1] != LATENT_CHANNELS:
+            raise ValueError(
+                f"{self.name} was given a VAE whose latents have {self.latents.shape[1]} channels, and a branch's have "
+                f"{LATENT_CHANNELS}: connect the checkpoint's own VAE."
+            )
+        size = (self.latents.shape[-2], self.latents.shape[-1])
+        with torch.inference_mode(False):
+            latents = as_ordinary(run.model.process_latent_in(self.latents))
+            known = [repeat_to_batch(of, run.batch) for of in (latents, keep_channel(self.mask, size).to(latents))]
+            return BranchRun(self, run, torch.cat(known, dim=1))
+
+
+def with_branch(model: ModelPatcher, settings: Branch) -> ModelPatcher:
+    """A clone of `model` on which the branch is besides those that are there; `settings.number` is chosen here.
+
+    Raises ValueError, in one sentence, for what does not fit each other.
+    """
+    assert settings.mask is not None
+    check_pictures(settings.picture.movedim(1, -1), "'image'")
+    mask = as_mask_batch(settings.mask)
+    common_count(image=len(settings.picture), mask=len(mask))
+    taken = method_keys(model)
+    number = next(n for n in itertools.count(1) if replace(settings, number=n).key not in taken)
+    settings = replace(settings, number=number, mask=resize_mask(mask, settings.picture.shape[-2:]))
+    if settings.strength:
+        cell = settings.vae.spacial_compression_encode()
+        height, width = settings.picture.shape[-2:]
+        settings = settings.prepared((height // cell, width // cell))
+    return with_method(model, settings)
+
+
+def _family(unet: UNetModel) -> str:
+    if unet.model_channels != 320:
+        return "another"
+    return "an SD1.5" if unet.num_classes is None else "an SDXL"
+
+
+def masked_latents(vae: Any, picture: torch.Tensor, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The latents [B, C, *size] of a picture [B, 3, H, W] in [0, 1] that is black where `mask` is hole."""
+    planes = fitted(picture, size, vae.spacial_compression_encode())
+    shown = torch.where(hole_of(resize_mask(mask, planes.shape[-2:])).to(planes.device), 0.0, planes)
+    latents: torch.Tensor = vae.encode(shown.movedim(1, -1))
+    return latents
+
+
+def fitted(planes: torch.Tensor, size: tuple[int, int], cell: int) -> torch.Tensor:
+    """A picture [B, C, H, W] as many pixels large as a latent of `size` takes.
+
+    One of up to a cell more is cut about its middle, as the host's VAE cuts it; others are resized.
+    """
+    height, width = (side * cell for side in size)
+    more = (planes.shape[-2] - height, planes.shape[-1] - width)
+    if all(0 <= of < cell for of in more):
+        top, left = (of // 2 for of in more)
+        return planes[..., top : top + height, left : left + width]
+    return resampled(planes, (height, width), "bicubic").clamp(0.0, 1.0)
+
+
+def keep_channel(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A branch's mask channel for latents of `size`, [B, 1, *size]: 1 where the nearest pixel is known, 0 where it is hole."""
+    return 1.0 - torch.nn.functional.interpolate(hole_of(mask).float(), size=size, mode="nearest")
+
+
+class BranchRun(MethodRun):
+    """A branch in one run. `known` [B, 5, h, w] is what it sees besides the noisy latent."""
+
+    def __init__(self, settings: Branch, run: SamplingRun, known: torch.Tensor) -> None:
+        self._settings = settings
+        self._run = run
+        self._known = known
+
+    def edit(self, call: UNetCall) -> AbstractContextManager[None]:
+        settings = self._settings
+        # Ordinary tensors, not inference ones: RASG's backward pass goes through them.
+        with torch.inference_mode(False), torch.no_grad():
+            features = self._look(call)
+        layer_scale, attention_scale = (
+            settings.strength * of for of in (settings.layer_scale, settings.attention_scale)
+        )
+        return injected(call.unet, features, layer_scale, attention_scale, call.options)
+
+    def _look(self, call: UNetCall) -> Features:
+        (patcher,) = self._run.models(self._settings)
+        network: BranchNetwork = patcher.model
+        x = as_ordinary(call.x[:, :LATENT_CHANNELS])
+        known = torch.cat([rows.cut(self._known) for rows in call.rows]).to(x)
+        context, y = self._text(call)
+        return network(torch.cat((x, known), dim=1), as_ordinary(call.timesteps), context, y)
+
+    def _text(self, call: UNetCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the branch's rows read: context, and SDXL's y."""
+        contexts, ys = [], []
+        batch = self._run.batch
+        for number, rows in enumerate(call.rows):
+            here = slice(number * batch, (number + 1) * batch)
+            own = self._own(rows)
+            context, y = as_ordinary(call.context[here]), None if call.y is None else as_ordinary(call.y[here])
+            if own is not None:
+                context = repeat_to_batch(as_ordinary(own.context), batch).to(context)
+                if y is not None and own.pooled is not None:
+                    pooled = repeat_to_batch(as_ordinary(own.pooled), batch).to(y)
+                    y = torch.cat((pooled, y[:, pooled.shape[1] :]), dim=1)
+            contexts.append(context)
+            ys.append(y)
+        # Prompts of different lengths are repeated to a common one, which changes no attention; so does the host.
+        length = math.lcm(*(of.shape[1] for of in contexts))
+        context = torch.cat([of.repeat(1, length // of.shape[1], 1) for of in contexts])
+        given = [of for of in ys if of is not None]
+        return context, torch.cat(given) if given else None
+
+    def _own(self, rows: PromptRows) -> Text | None:
+        return self._settings.positive if rows.conditional else self._settings.negative
