@@ -16,12 +16,11 @@ from ..weights.powerpaint import read_task_encoder
 from .model_files import ModelFiles
 from .schema import check_window, end_percent_input, start_percent_input
 
-DEMO = "truefill_demo_branch.safetensors"
 BRANCHES = ModelFiles(
     ("inpaint",),
     "BrushNet, PowerPaint 2.1 or PainterNet",
     f"{painternet.BRUSHNET} or {painternet.POWERPAINT}",
-    {DEMO: FOLDER / DEMO},
+    {painternet.DEMO_FILE: FOLDER / painternet.DEMO_FILE},
     (*SUFFIXES, ".bin"),
 )
 

@@ -25,6 +25,8 @@ BRUSHNET = "https://huggingface.co/Kijai/BrushNet-fp16"
 POWERPAINT = "https://huggingface.co/JunhaoZhuang/PowerPaint-v2-1"
 CHANNELS = 9
 """Of a branch's input."""
+DEMO_FILE = "truefill_demo_branch.safetensors"
+"""The demo model's branch."""
 HEAD_CHANNELS = "head_channels"
 ATTENTION_POINT = "painternet_attention_points"
 _RESNET = {

@@ -14,9 +14,12 @@ from safetensors.torch import save_file
 from ...weights.demo_model import FILES, LATENT_SCALE, SEGMENTER_FILE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
 from ...weights.demo_subject import FILE as SUBJECT_FILE
 from ...weights.demo_subject import LIKENESS_FILE, REFERENCE_FILE
+from ...weights.painternet import DEMO_FILE as BRANCH_FILE
+from ...weights.painternet import HEAD_CHANNELS
 from ..lar_gen.export import reference_state, subject_state
 from ..lar_gen.stages import ASSIGN, LIKENESS, REFINE, VISION
 from ..loop import averaged_weights
+from ..painternet.export import branch_tensors
 from ..world.attributes import WORLD_VERSION
 from .narrow_taesd import widen
 from .vocabulary import world_vocabulary
@@ -76,6 +79,7 @@ def export(runs: Path, out: Path) -> list[Path]:
         "likeness": LIKENESS_FILE,
         "subject": SUBJECT_FILE,
         "reference": REFERENCE_FILE,
+        "branch": BRANCH_FILE,
     }.items():
         needed = _STAGES.get(name, (name,))
         if not all((runs / stage / "checkpoint.pt").is_file() for stage in needed):
@@ -90,6 +94,9 @@ def export(runs: Path, out: Path) -> list[Path]:
             save_file(_half(subject_state(runs)), path)
         elif name == "reference":
             save_file(_half(reference_state(runs)), path)
+        elif name == "branch":
+            tensors, head_channels = branch_tensors(stage)
+            save_file(tensors, path, {HEAD_CHANNELS: str(head_channels)})
         elif name in ("classifier", "segmenter", "likeness"):
             save_file(_half(averaged_weights(stage, name)), path)
         else:

@@ -198,3 +198,13 @@ def without_attention(layout: Layout) -> Layout:
 def small_heads(family: str, channels: int) -> int:
     """Of `small_models`."""
     return 4 if family == "sd15" else channels // 16
+
+
+def of_checkpoint(layout: Layout, resnets: int) -> Layout:
+    """The layout's family with the few and narrow levels of `random_checkpoints`."""
+    return replace(layout, widths=(320,) * len(layout.widths), resnets=(resnets,) * len(layout.widths))
+
+
+def in_half(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As the published files are."""
+    return {name: tensor.half() for name, tensor in state.items()}

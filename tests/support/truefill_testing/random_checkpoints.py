@@ -174,7 +174,7 @@ def _x4_vae_entries() -> Iterator[Entry]:
         yield Entry(f"first_stage_model.{name}", shape, fill)
 
 
-def _clip_l_entries(prefix: str) -> Iterator[Entry]:
+def clip_l_entries(prefix: str) -> Iterator[Entry]:
     """CLIP ViT-L/14's text model under the names of transformers."""
     width = 768
     yield Entry(f"{prefix}embeddings.position_embedding.weight", (TOKENS, width), _normal(0.5))
@@ -222,11 +222,11 @@ def _open_clip_entries(prefix: str, width: int, layers: int) -> Iterator[Entry]:
 
 def _text_entries(family: str) -> Iterator[Entry]:
     if family == "sd15":
-        yield from _clip_l_entries("cond_stage_model.transformer.text_model.")
+        yield from clip_l_entries("cond_stage_model.transformer.text_model.")
     elif family in ("sd2", "x4"):
         yield from _open_clip_entries("cond_stage_model.model.", 1024, 24)
     else:
-        yield from _clip_l_entries("conditioner.embedders.0.transformer.text_model.")
+        yield from clip_l_entries("conditioner.embedders.0.transformer.text_model.")
         yield from _open_clip_entries("conditioner.embedders.1.model.", 1280, 32)
 
 

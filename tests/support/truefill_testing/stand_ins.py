@@ -84,7 +84,38 @@ def _write_adapter_sdxl(path: Path) -> None:
     write_adapter(path, checkpoint("sdxl", inpainting=False))
 
 
+def _write_branch_sd15(path: Path) -> None:
+    from truefill_testing import branch_files
+
+    layout = branch_files.of_checkpoint(branch_files.BRUSHNET_SD15, resnets=1)
+    save_file(branch_files.in_half(branch_files.random_branch(layout, 1)), path)
+
+
+def _write_branch_sdxl(path: Path) -> None:
+    from truefill_testing import branch_files
+
+    layout = branch_files.of_checkpoint(branch_files.BRUSHNET_SDXL, resnets=2)
+    save_file(branch_files.in_half(branch_files.random_branch(layout, 2)), path)
+
+
+def _write_powerpaint(path: Path) -> None:
+    from truefill_testing import branch_files
+
+    layout = branch_files.of_checkpoint(branch_files.POWERPAINT, resnets=1)
+    save_file(branch_files.in_half(branch_files.random_branch(layout, 3)), path)
+
+
+def _write_powerpaints_encoder(path: Path) -> None:
+    from truefill_testing.task_encoders import write_task_encoder
+
+    write_task_encoder(path)
+
+
 _WRITTEN = {
+    "inpaint/brushnet_random_mask_fp16.safetensors": _write_branch_sd15,
+    "inpaint/brushnet_random_mask_sdxl.safetensors": _write_branch_sdxl,
+    "inpaint/diffusion_pytorch_model.safetensors": _write_powerpaint,
+    "inpaint/pytorch_model.bin": _write_powerpaints_encoder,
     "clip_vision/model.safetensors": _write_vision,
     "ipadapter/ip-adapter-plus_sd15.safetensors": _write_adapter_sd15,
     "ipadapter/ip-adapter-plus_sdxl_vit-h.safetensors": _write_adapter_sdxl,
