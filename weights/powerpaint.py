@@ -16,7 +16,7 @@ import torch
 from .files import read_tensors
 from .painternet import POWERPAINT
 
-TOKENS = ("P_ctxt", "P_shape", "P_obj")
+TOKENS: tuple[str, ...] = ("P_ctxt", "P_shape", "P_obj")
 VECTORS = 10
 """Of each token."""
 VOCABULARY = 49408

@@ -205,31 +205,69 @@ class BranchRun(MethodRun):
     def _look(self, call: UNetCall) -> Features:
         (patcher,) = self._run.models(self._settings)
         network: BranchNetwork = patcher.model
-        x = as_ordinary(call.x[:, :LATENT_CHANNELS])
-        known = torch.cat([rows.cut(self._known) for rows in call.rows]).to(x)
-        context, y = self._text(call)
-        return network(torch.cat((x, known), dim=1), as_ordinary(call.timesteps), context, y)
+        seen = [self._seen(call, number, network) for number in range(len(call.rows))]
+        # Without a prompt, or with one for both sides, a branch sees the same twice.
+        firsts = [next(index for index, one in enumerate(seen) if one.equals(other)) for other in seen]
+        asked = [seen[index] for index in sorted(set(firsts))]
+        contexts = [of.context for of in asked if of.context is not None]
+        ys = [of.y for of in asked if of.y is not None]
+        found = network(
+            torch.cat([of.x for of in asked]),
+            as_ordinary(call.timesteps)[:1].expand(len(asked) * self._run.batch),
+            _joined(contexts) if contexts else None,
+            torch.cat(ys) if ys else None,
+        )
+        if len(asked) == len(seen):
+            return found
+        places = [sorted(set(firsts)).index(index) for index in firsts]
 
-    def _text(self, call: UNetCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the branch's rows read: context, and SDXL's y."""
-        contexts, ys = [], []
-        batch = self._run.batch
-        for number, rows in enumerate(call.rows):
-            here = slice(number * batch, (number + 1) * batch)
-            own = self._own(rows)
-            context, y = as_ordinary(call.context[here]), None if call.y is None else as_ordinary(call.y[here])
+        def of_rows(feature: torch.Tensor) -> torch.Tensor:
+            parts = feature.split(self._run.batch)
+            return torch.cat([parts[place] for place in places])
+
+        attentions = {place: of_rows(feature) for place, feature in found.attentions.items()}
+        return Features([of_rows(feature) for feature in found.layers], attentions)
+
+    def _seen(self, call: UNetCall, number: int, network: BranchNetwork) -> _Seen:
+        """What the branch is shown for one of the call's prompts."""
+        rows, batch = call.rows[number], self._run.batch
+        here = slice(number * batch, (number + 1) * batch)
+        x = as_ordinary(call.x[here, :LATENT_CHANNELS])
+        x = torch.cat((x, rows.cut(self._known).to(x)), dim=1)
+        own = self._own(rows)
+        context = y = None
+        if network.reads_text:
+            context = as_ordinary(call.context[here])
             if own is not None:
                 context = repeat_to_batch(as_ordinary(own.context), batch).to(context)
-                if y is not None and own.pooled is not None:
-                    pooled = repeat_to_batch(as_ordinary(own.pooled), batch).to(y)
-                    y = torch.cat((pooled, y[:, pooled.shape[1] :]), dim=1)
-            contexts.append(context)
-            ys.append(y)
-        # Prompts of different lengths are repeated to a common one, which changes no attention; so does the host.
-        length = math.lcm(*(of.shape[1] for of in contexts))
-        context = torch.cat([of.repeat(1, length // of.shape[1], 1) for of in contexts])
-        given = [of for of in ys if of is not None]
-        return context, torch.cat(given) if given else None
+        if call.y is not None and network.reads_pooled:
+            y = as_ordinary(call.y[here])
+            if own is not None and own.pooled is not None:
+                pooled = repeat_to_batch(as_ordinary(own.pooled), batch).to(y)
+                y = torch.cat((pooled, y[:, pooled.shape[1] :]), dim=1)
+        return _Seen(x, context, y)
 
     def _own(self, rows: PromptRows) -> Text | None:
         return self._settings.positive if rows.conditional else self._settings.negative
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """What a branch is shown for a prompt: its input [B, 9, h, w], the text it reads [B, tokens, channels], and SDXL's y."""
+
+    x: torch.Tensor
+    context: torch.Tensor | None
+    y: torch.Tensor | None
+
+    def equals(self, other: _Seen) -> bool:
+        pairs = ((self.x, other.x), (self.context, other.context), (self.y, other.y))
+        return all(
+            one is two or (one is not None and two is not None and one.shape == two.shape and torch.equal(one, two))
+            for one, two in pairs
+        )
+
+
+def _joined(contexts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Texts of different lengths are repeated to a common one, which changes no attention; so does the host."""
+    length = math.lcm(*(of.shape[1] for of in contexts))
+    return torch.cat([of.repeat(1, length // of.shape[1], 1) for of in contexts])

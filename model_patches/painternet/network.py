@@ -61,6 +61,16 @@ class BranchNetwork(nn.Module):
             self.attention_points.extend(operations.Linear(width, width, **factory) for width in widths)
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it has cross-attentions."""
+        return bool(transformer_places(self.unet))
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether it is told of SDXL's pooled text and sizes."""
+        return self.unet.num_classes is not None
+
+    @property
     def points(self) -> nn.ModuleList:
         """All zero convolutions."""
         return nn.ModuleList([*self.layer_points, *self.attention_points])

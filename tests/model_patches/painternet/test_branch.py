@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -59,7 +60,6 @@ def test_it_is_the_formula(family: str, inpainting: bool, attention: bool, scale
     assert torch.equal(scene.host(sigmas), plain)
 
 
-@pytest.mark.quick
 def test_each_scale_0_is_its_points_gone_and_both_are_no_node() -> None:
     scene, small = Scene("sd15", False, True), SmallBranch("sd15")
     sigmas = scene.sigmas("simple", 2)
@@ -78,7 +78,6 @@ def test_each_scale_0_is_its_points_gone_and_both_are_no_node() -> None:
     )
 
 
-@pytest.mark.quick
 def test_a_fresh_branch_is_no_node() -> None:
     """Its zero convolutions are zero."""
     scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
@@ -89,7 +88,6 @@ def test_a_fresh_branch_is_no_node() -> None:
     assert torch.equal(scene.host(sigmas, small.on(scene.patcher)), scene.host(sigmas))
 
 
-@pytest.mark.quick
 def test_it_reads_the_prompts_it_is_given_each_for_its_rows() -> None:
     scene, small = Scene("sdxl", False, True, torch.float32), SmallBranch("sdxl")
     sigmas = scene.sigmas("simple", 2)
@@ -105,7 +103,6 @@ def test_it_reads_the_prompts_it_is_given_each_for_its_rows() -> None:
     assert relative_error(swapped, own) > 1e-3
 
 
-@pytest.mark.quick
 def test_a_longer_prompt_of_its_own() -> None:
     scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
     sigmas = scene.sigmas("simple", 2)
@@ -116,6 +113,22 @@ def test_a_longer_prompt_of_its_own() -> None:
 
 
 @pytest.mark.quick
+def test_what_it_would_see_twice_it_sees_once() -> None:
+    """A branch without attention has no prompt, and two prompts may be one."""
+    scene = Scene("sd15", False, True, torch.float32)
+    reading, blind = SmallBranch("sd15"), SmallBranch("sd15", without_attention(SMALL["sd15"]))
+    sigmas, rows = scene.sigmas("simple", 1), []
+    for small in (reading, blind):
+        small.model.model.unet.time_embed[-1].register_forward_hook(
+            lambda module, given, output: rows.append(len(output))
+        )
+    text = branch.Text.of(scene.positive, "a prompt")
+    scene.host(sigmas, reading.on(scene.patcher))
+    scene.host(sigmas, reading.on(scene.patcher, positive=text, negative=text))
+    scene.host(sigmas, blind.on(scene.patcher))
+    assert rows == [4, 2, 2]
+
+
 def test_several_branches_add_up_and_come_off_alone() -> None:
     scene = Scene("sd15", False, True, torch.float32)
     first, second = SmallBranch("sd15", seed=61), SmallBranch("sd15", without_attention(SMALL["sd15"]), seed=62)
@@ -183,6 +196,19 @@ def test_refines_look_at_the_subject_goes_without_the_branch() -> None:
     assert len(alone) == len(beside) == 1 and torch.equal(alone[0], beside[0])
 
 
+def test_beside_a_lora_on_the_model_it_is_the_formula() -> None:
+    scene, small = Scene("sd15", False, True), SmallBranch("sd15")
+    sigmas, model = scene.sigmas("simple", 2), scene.patcher.clone()
+    key = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    change = torch.randn(32, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    assert model.add_patches({key: (change,)}, 0.5) == [key]
+    ours = scene.host(sigmas, small.on(model))
+    with branched_literally(scene, small):
+        right = scene.host(sigmas, model)
+    assert relative_error(ours, right) < 1e-5
+    assert relative_error(ours, scene.host(sigmas, small.on(scene.patcher))) > 1e-3
+
+
 @pytest.mark.parametrize("memory", ["record", "recompute"])
 def test_with_the_pilot_sampler(memory: str) -> None:
     scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
@@ -247,7 +273,6 @@ def test_other_patches_stay_and_nothing_is_left_on_the_unet() -> None:
     assert torch.equal(scene.host(sigmas), before)
 
 
-@pytest.mark.quick
 def test_after_an_interrupt_nothing_stays_behind() -> None:
     scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
     sigmas, model = scene.sigmas("simple", 2), small.on(scene.patcher)
@@ -324,6 +349,9 @@ def test_what_does_not_fit_gets_one_sentence() -> None:
         ValueError, match=r"^Apply Branch was given another branch \(PainterNet, 28 layers\) and .* one family\.$"
     ):
         small.on(other.patcher)
+    flux = SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1)))
+    with pytest.raises(ValueError, match=r"^Apply Branch works on SD1.5, SD2 and SDXL checkpoints .*\.$"):
+        small.settings().check(flux)
     with pytest.raises(ValueError, match=r"^These batches don't go together: 2 in 'image', 3 in 'mask'; .*\.$"):
         small.on(scene.patcher, mask=torch.ones(3, 128, 104))
     wide = branch.Text(context=torch.zeros(1, 77, 40), pooled=None)
