@@ -121,16 +121,11 @@ class Branch(Method):
         if not (self.layer_scale or self.attention_scale):
             return None
         assert self.latents is not None and self.mask is not None
-        if self.latents.shape[1] != LATENT_CHANNELS:
-            raise ValueError(
-                f"{self.name} was given a VAE whose latents have {self.latents.shape[1]} channels, and a branch's have "
-                f"{LATENT_CHANNELS}: connect the checkpoint's own VAE."
-            )
         size = (self.latents.shape[-2], self.latents.shape[-1])
         with torch.inference_mode(False):
             latents = as_ordinary(run.model.process_latent_in(self.latents))
-            known = [repeat_to_batch(of, run.batch) for of in (latents, keep_channel(self.mask, size).to(latents))]
-            return BranchRun(self, run, torch.cat(known, dim=1))
+            keep = keep_channel(self.mask, size, self.vae.spacial_compression_encode()).to(latents)
+            return BranchRun(self, run, torch.cat([repeat_to_batch(of, run.batch) for of in (latents, keep)], dim=1))
 
 
 def with_branch(model: ModelPatcher, settings: Branch) -> ModelPatcher:
@@ -159,29 +154,39 @@ def _family(unet: UNetModel) -> str:
 
 
 def masked_latents(vae: Any, picture: torch.Tensor, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The latents [B, C, *size] of a picture [B, 3, H, W] in [0, 1] that is black where `mask` is hole."""
-    planes = fitted(picture, size, vae.spacial_compression_encode())
-    shown = torch.where(hole_of(resize_mask(mask, planes.shape[-2:])).to(planes.device), 0.0, planes)
-    latents: torch.Tensor = vae.encode(shown.movedim(1, -1))
+    """The latents [B, 4, *size] of a picture [B, 3, H, W] in [0, 1] that is black where `mask` [B, 1, H, W] is hole.
+
+    Raises ValueError for a VAE of another kind.
+    """
+    cell = vae.spacial_compression_encode()
+    hole = hole_of(fitted(mask, size, cell)).to(picture.device)
+    latents: torch.Tensor = vae.encode(torch.where(hole, 0.0, fitted(picture, size, cell)).movedim(1, -1))
+    if latents.shape[1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"{Branch.name} was given a VAE whose latents have {latents.shape[1]} channels, and a branch's have "
+            f"{LATENT_CHANNELS}: connect the checkpoint's own VAE."
+        )
     return latents
 
 
-def fitted(planes: torch.Tensor, size: tuple[int, int], cell: int) -> torch.Tensor:
-    """A picture [B, C, H, W] as many pixels large as a latent of `size` takes.
+def keep_channel(mask: torch.Tensor, size: tuple[int, int], cell: int) -> torch.Tensor:
+    """A branch's mask channel for latents of `size`, [B, 1, *size]: 1 where the nearest pixel is known, 0 where it is hole."""
+    return 1.0 - torch.nn.functional.interpolate(hole_of(fitted(mask, size, cell)).float(), size=size, mode="nearest")
 
-    One of up to a cell more is cut about its middle, as the host's VAE cuts it; others are resized.
+
+def fitted(planes: torch.Tensor, size: tuple[int, int], cell: int) -> torch.Tensor:
+    """A picture [B, 3, H, W] or its mask [B, 1, H, W], as many pixels large as a latent of `size` takes.
+
+    One of less than a cell more is cut about its middle, as the host's VAE cuts it; others are resized.
     """
     height, width = (side * cell for side in size)
     more = (planes.shape[-2] - height, planes.shape[-1] - width)
     if all(0 <= of < cell for of in more):
         top, left = (of // 2 for of in more)
         return planes[..., top : top + height, left : left + width]
+    if planes.shape[1] == 1:
+        return resize_mask(planes, (height, width))
     return resampled(planes, (height, width), "bicubic").clamp(0.0, 1.0)
-
-
-def keep_channel(mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A branch's mask channel for latents of `size`, [B, 1, *size]: 1 where the nearest pixel is known, 0 where it is hole."""
-    return 1.0 - torch.nn.functional.interpolate(hole_of(mask).float(), size=size, mode="nearest")
 
 
 class BranchRun(MethodRun):

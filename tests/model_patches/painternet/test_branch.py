@@ -247,6 +247,26 @@ def test_controlnet_areas_and_a_batch_split_for_want_of_memory(monkeypatch: pyte
     assert relative_error(scene.host(sigmas, model), together) < 1e-4
 
 
+def test_who_reads_the_cross_attentions_input_reads_what_the_attention_does() -> None:
+    """As PAIntA and SBC do, whatever comes first."""
+    scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
+    read, used = [], []
+
+    def look(n: torch.Tensor, context: torch.Tensor, value: torch.Tensor, extra_options: dict[str, Any]) -> Any:
+        read.append(n.clone())
+        return n, context, value
+
+    attention = scene.model.diffusion_model.input_blocks[1][1].transformer_blocks[0].attn2
+    handle = attention.register_forward_pre_hook(lambda module, given: used.append(given[0].clone()))
+    model = scene.patcher.clone()
+    model.set_model_attn2_patch(look)
+    try:
+        scene.host(scene.sigmas("simple", 1), small.on(model))
+    finally:
+        handle.remove()
+    assert torch.equal(read[0], used[0])
+
+
 @pytest.mark.quick
 def test_other_patches_stay_and_nothing_is_left_on_the_unet() -> None:
     scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
@@ -323,13 +343,26 @@ def test_an_odd_picture_is_cut_as_the_vae_cuts_it() -> None:
     planes = picture(size=(133, 111))
     assert torch.equal(branch.fitted(planes, (16, 13), 8), planes[..., 2:130, 3:107])
     assert branch.fitted(planes, (8, 8), 8).shape[-2:] == (64, 64)
+    # What is hidden are the pixels of the hole, and no others.
+    mask = torch.zeros(1, 1, 133, 111)
+    mask[..., 50:67, 35:51] = 1.0
+    vae = MeanVae()
+    seen = []
+    vae.encode = lambda pixels: seen.append(pixels) or MeanVae().encode(pixels)
+    branch.masked_latents(vae, planes[:1], mask, (16, 13))
+    (shown,) = seen
+    assert torch.equal((shown == 0).all(-1)[0], mask[0, 0, 2:130, 3:107] > 0)
+    keep = branch.keep_channel(mask, (16, 13), 8)
+    assert keep[0, 0].tolist() == [
+        [float(not (6 <= row < 9 and 4 <= column < 6)) for column in range(13)] for row in range(16)
+    ]
 
 
 @pytest.mark.quick
 def test_the_mask_channel_is_of_the_nearest_pixel() -> None:
     mask = torch.zeros(1, 1, 32, 24)
     mask[..., 8:16, 0:9] = 0.3
-    keep = branch.keep_channel(mask, (4, 3))
+    keep = branch.keep_channel(mask, (4, 3), 8)
     assert keep[0, 0].tolist() == [[1, 1, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]]
 
 
