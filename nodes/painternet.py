@@ -16,11 +16,13 @@ from ..weights.powerpaint import read_task_encoder
 from .model_files import ModelFiles
 from .schema import check_window, end_percent_input, start_percent_input
 
+DEMO = "demo"
+"""The demo model's, which ships."""
 BRANCHES = ModelFiles(
     ("inpaint",),
     "BrushNet, PowerPaint 2.1 or PainterNet",
     f"{painternet.BRUSHNET} or {painternet.POWERPAINT}",
-    {painternet.DEMO_FILE: FOLDER / painternet.DEMO_FILE},
+    {DEMO: FOLDER / painternet.DEMO_FILE},
     (*SUFFIXES, ".bin"),
 )
 
@@ -58,8 +60,8 @@ class TrueFillLoadBranch(io.ComfyNode):
                 io.Combo.Input(
                     "branch",
                     options=BRANCHES.names(),
-                    default=next(iter(BRANCHES.names())),
-                    tooltip="The file, in models/inpaint: .safetensors, .bin or .pth. The demo model's comes with TrueFill.",
+                    default=DEMO,
+                    tooltip="The file, in models/inpaint: .safetensors, .bin or .pth. demo is the demo model's, which ships.",
                 )
             ],
             outputs=[BranchType.Output(display_name="BRANCH", tooltip="The branch, for Apply Branch.")],
