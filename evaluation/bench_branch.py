@@ -50,7 +50,8 @@ from . import accuracy, full_size
 from .bench_accuracy import digest
 from .judge import Judge
 from .metrics import mean_interval, wilson_interval
-from .tables import show_table
+from .outcomes import keep_outcome, kept_outcomes
+from .tables import show_table, with_interval
 
 SPLIT = "test"
 SHAPES: dict[str, Shape] = {"box": "box", "irregular": "irregular", "outline": "as it is"}
@@ -95,7 +96,7 @@ class Branched:
             network=self._network,
             kind="PainterNet",
             vae=vae,
-            picture=self._task.pixels.movedim(-1, 1),
+            picture=self._task.pixels,
             mask=self._task.hole,
         )
         return with_branch(model, settings), clip, vae
@@ -170,19 +171,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def kept(options: argparse.Namespace, bench: Bench, rows: Sequence[str]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The outcomes of `--outcomes` that belong to this run, by row, shape and index."""
-    if options.outcomes is None or not options.outcomes.exists():
-        return {}
-    lines = [json.loads(line) for line in options.outcomes.read_text().splitlines()]
-    settings = {row: bench.settings(row, options) for row in rows}
-    return {
-        (line["row"], line["shape"], line["outcome"]["index"]): line["outcome"]
-        for line in lines
-        if settings.get(line["row"]) == line["settings"]
-    }
-
-
 def summary(
     row: str, shape: str, found: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] | None
 ) -> dict[str, Any]:
@@ -204,20 +192,14 @@ def summary(
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One row of the table as text; shares in percent."""
 
-    def interval(key: str, scale: float = 100.0) -> str:
-        if key not in row:
-            return ""
-        low, high = (scale * of for of in row[f"{key}_ci95"])
-        return f"{scale * row[key]:.1f} ({low:.1f} to {high:.1f})"
-
     return {
         "hole": row["shape"],
         "row": row["row"],
         "n": str(row["n"]),
-        "right": interval("right"),
-        "to the first": interval("rise"),
+        "right": with_interval(row, "right"),
+        "to the first": with_interval(row, "rise"),
         "nothing": f"{100 * row['empty']:.1f}",
-        "seam": interval("seam", 1.0),
+        "seam": with_interval(row, "seam", 1.0),
         "before": f"{row['change_before']:.1f}",
         "background": f"{row['background_max_error']:g}",
         "seconds": f"{row['seconds']:.1f}",
@@ -226,7 +208,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 def quality(options: argparse.Namespace, bench: Bench, rows: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of the table, for each shape and for all of them."""
-    done = kept(options, bench, rows)
+    settings = {row: bench.settings(row, options) for row in rows}
+    done = kept_outcomes(options.outcomes, ("row", "shape"), lambda line: settings.get(line["row"]))
     sampling = accuracy.KSampling(steps=options.steps, cfg=options.cfg)
     found: dict[str, dict[str, list[dict[str, Any]]]] = {shape: {row: [] for row in rows} for shape in options.shapes}
     lines, captions = [], []
@@ -243,10 +226,8 @@ def quality(options: argparse.Namespace, bench: Bench, rows: Sequence[str]) -> l
                     fresh, picture = bench.attempt(row, index, triplet, sampling)
                     pictures.append((255.0 * picture[0]).round().byte().numpy())
                     made += 1
-                    if outcome is None and options.outcomes:
-                        line = {"settings": bench.settings(row, options), "row": row, "shape": shape, "outcome": fresh}
-                        with options.outcomes.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
+                    if outcome is None:
+                        keep_outcome(options.outcomes, settings[row], fresh, row=row, shape=shape)
                     outcome = fresh
                 else:
                     total -= 1
@@ -310,7 +291,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = full_size.full_size_model(device, dtype, inpainting=False)
     scene = full_size.Scene(options.size, device)
-    picture = torch.rand(1, 3, options.size, options.size, generator=torch.Generator().manual_seed(2))
+    picture = torch.rand(1, options.size, options.size, 3, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(1, 1, options.size, options.size)
     mask[..., : options.size // 2, : options.size // 2] = 1.0
 

@@ -43,7 +43,8 @@ from .bench_accuracy import digest
 from .judge import Judge
 from .memory import PeakMemory
 from .metrics import background_error, mean_interval, seam_visibility, wilson_interval
-from .tables import show_table
+from .outcomes import keep_outcome, kept_outcomes
+from .tables import show_table, with_interval
 
 SHARES = (0.0, 0.7, 0.9, 1.0)
 SIDES = (16, 32, 48)
@@ -164,19 +165,6 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"weights": digest(options.weights), **{name: getattr(options, name) for name in names}}
 
 
-def kept(options: argparse.Namespace) -> dict[tuple[int, float, int], dict[str, Any]]:
-    """The outcomes of `--outcomes` that belong to this run, by side, share and index."""
-    if options.outcomes is None or not options.outcomes.exists():
-        return {}
-    lines = [json.loads(line) for line in options.outcomes.read_text().splitlines()]
-    mine = settings(options)
-    return {
-        (line["side"], line["share"], line["outcome"]["index"]): line["outcome"]
-        for line in lines
-        if line["settings"] == mine
-    }
-
-
 def summary(
     side: int, name: str, found: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]] | None
 ) -> dict[str, Any]:
@@ -198,27 +186,22 @@ def summary(
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One row of the table as text; shares in percent."""
 
-    def interval(key: str, scale: float = 100.0) -> str:
-        if key not in row:
-            return ""
-        low, high = (scale * of for of in row[f"{key}_ci95"])
-        return f"{scale * row[key]:.1f} ({low:.1f} to {high:.1f})"
-
     return {
         "side": str(row["side"]),
         "local share": row["local_share"],
         "n": str(row["n"]),
-        "right": interval("right"),
-        "to share 0": interval("rise"),
+        "right": with_interval(row, "right"),
+        "to share 0": with_interval(row, "rise"),
         "nothing": f"{100 * row['empty']:.1f}",
-        "seam": interval("seam", 1.0),
+        "seam": with_interval(row, "seam", 1.0),
         "background": f"{row['background_max_error']:g}",
     }
 
 
 def quality(options: argparse.Namespace, bench: Bench) -> list[dict[str, Any]]:
     """The rows of the table of small things."""
-    done = kept(options)
+    mine = settings(options)
+    done = kept_outcomes(options.outcomes, ("side", "share"), lambda line: mine)
     results, lines, captions = [], [], []
     total, made, started = len(options.sides) * len(options.shares) * options.scenes, 0, time.monotonic()
     for side in options.sides:
@@ -239,10 +222,8 @@ def quality(options: argparse.Namespace, bench: Bench) -> list[dict[str, Any]]:
                     )
                     pictures.append(_around(picture, hole))
                     fresh = asdict(bench.judged(index, triplet, picture, hole))
-                    if outcome is None and options.outcomes:
-                        line = {"settings": settings(options), "side": side, "share": share, "outcome": fresh}
-                        with options.outcomes.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
+                    if outcome is None:
+                        keep_outcome(options.outcomes, mine, fresh, side=side, share=share)
                     outcome = fresh
                 found[share].append(outcome)
                 made += 1

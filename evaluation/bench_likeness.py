@@ -53,7 +53,8 @@ from ..weights.demo_subject import FILE, LIKENESS_FILE, REFERENCE_FILE, DemoSubj
 from . import accuracy
 from .judge import Judge
 from .metrics import background_error, mean_interval, square_around, wilson_interval
-from .tables import show_table
+from .outcomes import keep_outcome, kept_outcomes
+from .tables import show_table, with_interval
 
 SPLIT = "test"
 OF = 20
@@ -248,18 +249,6 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def kept(options: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
-    """The outcomes of `--outcomes` that belong to this run, by row and index."""
-    if options.outcomes is None or not options.outcomes.exists():
-        return {}
-    lines = [json.loads(line) for line in options.outcomes.read_text().splitlines()]
-    return {
-        (line["row"], line["outcome"]["index"]): line["outcome"]
-        for line in lines
-        if line["row"] in ROWS and line["settings"] == settings(options, ROWS[line["row"]])
-    }
-
-
 def settings(options: argparse.Namespace, row: Row | None = None) -> dict[str, Any]:
     """What an outcome depends on besides its index, or the whole run."""
     return {
@@ -297,17 +286,13 @@ def summary(name: str, found: Sequence[dict[str, Any]], first: Sequence[dict[str
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One row of the table as text."""
 
-    def interval(key: str, scale: float = 1.0, digits: int = 2) -> str:
-        low, high = (scale * of for of in row[f"{key}_ci95"])
-        return f"{scale * row[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
     return {
         "row": row["row"],
         "n": str(row["n"]),
-        "likeness": interval("likeness"),
-        "to the first row": interval("rise"),
-        "found": interval("found", 100.0, 1),
-        "text": interval("text", 100.0, 1),
+        "likeness": with_interval(row, "likeness", 1.0, 2),
+        "to the first row": with_interval(row, "rise", 1.0, 2),
+        "found": with_interval(row, "found"),
+        "text": with_interval(row, "text"),
         "nothing": f"{100 * row['empty']:.1f}",
         "background": f"{row['background_max_error']:g}",
     }
@@ -330,7 +315,11 @@ def main() -> int:
         f"{platform.machine()}, torch {torch.__version__}; {options.steps} steps of euler, CFG {options.cfg:g}",
         flush=True,
     )
-    done = kept(options)
+
+    def settings_of(line: dict[str, Any]) -> dict[str, Any] | None:
+        return settings(options, ROWS[line["row"]]) if line["row"] in ROWS else None
+
+    done = kept_outcomes(options.outcomes, ("row",), settings_of)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (TRUTH, ANOTHER, *options.rows)}
     lines, captions = [], []
     started = time.monotonic()
@@ -348,10 +337,8 @@ def main() -> int:
                 picture = bench.fill(row, quadruple, prompt, index, options.steps, options.cfg)
                 pictures.append(picture)
                 fresh = asdict(bench.judged(index, quadruple, picture, shape, quadruple.scene))
-                if outcome is None and options.outcomes:
-                    with options.outcomes.open("a") as file:
-                        line = {"settings": settings(options, row), "row": row.name, "outcome": fresh}
-                        file.write(json.dumps(line) + "\n")
+                if outcome is None:
+                    keep_outcome(options.outcomes, settings(options, row), fresh, row=row.name)
                 outcome = fresh
             found[row.name].append(outcome)
         if options.grid and place < GRID_SUBJECTS:

@@ -54,7 +54,8 @@ from .bench_accuracy import digest
 from .bench_likeness import SPLIT, LikenessJudge
 from .judge import Judge
 from .metrics import mean_interval, wilson_interval
-from .tables import show_table
+from .outcomes import keep_outcome, kept_outcomes
+from .tables import show_table, with_interval
 
 TOKEN = "sks"
 PICTURES, REGULAR = 6, 8
@@ -238,19 +239,6 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {"weights": digest(options.weights), **{name: getattr(options, name) for name in names}}
 
 
-def kept(options: argparse.Namespace) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The outcomes of `--outcomes` that belong to this run, by task, row and index."""
-    if options.outcomes is None or not options.outcomes.exists():
-        return {}
-    lines = [json.loads(line) for line in options.outcomes.read_text().splitlines()]
-    mine = settings(options)
-    return {
-        (line["task"], line["row"], line["outcome"]["index"]): line["outcome"]
-        for line in lines
-        if line["settings"] == mine
-    }
-
-
 def summary(task: str, name: str, found: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table; `first` are the plain model's outcomes, of the same scenes."""
     count = len(found)
@@ -267,25 +255,22 @@ def summary(task: str, name: str, found: Sequence[dict[str, Any]], first: Sequen
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """One row of the table as text; shares in percent."""
 
-    def interval(key: str, scale: float, digits: int) -> str:
-        low, high = (scale * of for of in row[f"{key}_ci95"])
-        return f"{scale * row[key]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
     return {
         "task": row["task"],
         "row": row["row"],
         "n": str(row["n"]),
-        "likeness": interval("likeness", 1.0, 2),
-        "to plain": interval("rise", 1.0, 2),
-        "found": interval("found", 100.0, 1),
-        "right": interval("right", 100.0, 1),
+        "likeness": with_interval(row, "likeness", 1.0, 2),
+        "to plain": with_interval(row, "rise", 1.0, 2),
+        "found": with_interval(row, "found"),
+        "right": with_interval(row, "right"),
     }
 
 
 def main() -> int:
     """Run the benchmark."""
     options = parse()
-    bench, done = Bench(options), kept(options)
+    bench, mine = Bench(options), settings(options)
+    done = kept_outcomes(options.outcomes, ("task", "row"), lambda line: mine)
     print(
         f"{platform.machine()}, torch {torch.__version__}; text-to-image demo model, {options.steps} steps of rank "
         f"{options.rank}, then {options.sampling_steps} of dpmpp_2m, karras, CFG {options.cfg:g}",
@@ -305,10 +290,8 @@ def main() -> int:
                     if not pictures:
                         pictures.append(quadruple.reference)
                     pictures.append(picture)
-                    if outcome is None and options.outcomes:
-                        line = {"settings": settings(options), "task": task, "row": name, "outcome": fresh}
-                        with options.outcomes.open("a") as file:
-                            file.write(json.dumps(line) + "\n")
+                    if outcome is None:
+                        keep_outcome(options.outcomes, mine, fresh, task=task, row=name)
                     outcome = fresh
                 found[task, name].append(outcome)
             if shown:
@@ -320,5 +303,5 @@ def main() -> int:
     results = [summary(task, name, outcomes, found[task, "plain model"]) for (task, name), outcomes in found.items()]
     show_table("Shares are in percent.", [cells(row) for row in results])
     if options.json:
-        options.json.write_text(json.dumps({"settings": settings(options), "rows": results}, indent=1))
+        options.json.write_text(json.dumps({"settings": mine, "rows": results}, indent=1))
     return 0

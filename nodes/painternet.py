@@ -167,7 +167,7 @@ class TrueFillApplyBranch(io.ComfyNode):
             network=branch.network,
             kind=branch.kind,
             vae=vae,
-            picture=image[..., :3].movedim(-1, 1),
+            picture=image,
             positive=Text.of(positive, "positive"),
             negative=Text.of(negative, "negative"),
             layer_scale=layer_scale,
@@ -231,7 +231,7 @@ class TrueFillPowerPaintPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder: str, task: str, fitting: float) -> io.NodeOutput:
-        clip = TaskClip(read_task_encoder(ENCODERS.path(encoder)), encoder)
+        clip = TaskClip(read_task_encoder(ENCODERS.path(encoder)))
         return io.NodeOutput(*clip.prompts(task, fitting))
 
 

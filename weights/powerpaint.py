@@ -19,8 +19,8 @@ from .painternet import POWERPAINT
 TOKENS: tuple[str, ...] = ("P_ctxt", "P_shape", "P_obj")
 VECTORS = 10
 """Of each token."""
-VOCABULARY = 49408
-"""Rows of CLIP's own embedding."""
+VOCABULARY, WIDTH = 49408, 768
+"""Of CLIP ViT-L's own embedding."""
 _EMBEDDING = "text_model.embeddings.token_embedding"
 
 
@@ -56,5 +56,10 @@ def task_encoder(tensors: Mapping[str, torch.Tensor], name: str) -> TaskEncoder:
         raise ValueError(
             f"{name} is {what}, but the text encoder of PowerPaint's branch is needed, which has the tokens "
             f"{', '.join(TOKENS)}: PowerPaint_Brushnet/pytorch_model.bin of {POWERPAINT}."
+        )
+    if embedding.shape[1] != WIDTH:
+        raise ValueError(
+            f"{name} is a text encoder of width {embedding.shape[1]}, but the one of PowerPaint's branch, CLIP ViT-L, has "
+            f"{WIDTH}: PowerPaint_Brushnet/pytorch_model.bin of {POWERPAINT}."
         )
     return TaskEncoder({**state, f"{_EMBEDDING}.weight": embedding}, vectors)

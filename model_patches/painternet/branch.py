@@ -60,7 +60,7 @@ class Branch(Method):
     number: which of several branches on a model it is.
     network: the branch (`network.branch_model`).
     kind: whose it is, for messages.
-    vae, picture: what encodes [B, 3, H, W] in [0, 1], the picture it is to preserve.
+    vae, picture: what encodes [B, H, W, 3 or 4] in [0, 1], the picture it is to preserve.
     latents: of the picture without the hole, as the VAE gives them, for the run's size (`prepared`).
     positive, negative: what it reads in the place of the UNet's prompts.
     layer_scale, attention_scale: factors of w for its layer points and its attention control points.
@@ -99,17 +99,17 @@ class Branch(Method):
                 f"({len(pair[1])} layers): load a branch and a checkpoint of one family."
             )
         widths = [{t.cross.to_k.weight.shape[1] for t in transformer_places(of)} for of in (branch.unet, unet)]
-        own = self.positive or self.negative
-        read = {own.context.shape[-1]} if own else widths[1]
-        if widths[0] and widths[0] != read:
+        given = [widths[1] if side is None else {side.context.shape[-1]} for side in (self.positive, self.negative)]
+        if widths[0] and (other := set.union(*given) - widths[0]):
             raise ValueError(
-                f"{self.name}'s branch ({self.kind}) reads prompts of width {widths[0].pop()}, and this one's is {read.pop()}: "
+                f"{self.name}'s branch ({self.kind}) reads prompts of width {widths[0].pop()}, and this one's is {other.pop()}: "
                 "encode its prompt with the CLIP that belongs to it."
             )
 
     def of_part(self, cut: Callable[[torch.Tensor], torch.Tensor]) -> Branch:
         assert self.mask is not None
-        return replace(self, mask=cut(self.mask), picture=cut(self.picture), latents=None)
+        picture = cut(self.picture.movedim(-1, 1)).movedim(1, -1)
+        return replace(self, mask=cut(self.mask), picture=picture, latents=None)
 
     def prepared(self, size: tuple[int, int]) -> Branch:
         if self.latents is not None and tuple(self.latents.shape[-2:]) == size:
@@ -134,15 +134,15 @@ def with_branch(model: ModelPatcher, settings: Branch) -> ModelPatcher:
     Raises ValueError, in one sentence, for what does not fit each other.
     """
     assert settings.mask is not None
-    check_pictures(settings.picture.movedim(1, -1), "'image'")
+    check_pictures(settings.picture, "'image'")
     mask = as_mask_batch(settings.mask)
     common_count(image=len(settings.picture), mask=len(mask))
     taken = method_keys(model)
     number = next(n for n in itertools.count(1) if replace(settings, number=n).key not in taken)
-    settings = replace(settings, number=number, mask=resize_mask(mask, settings.picture.shape[-2:]))
+    height, width = settings.picture.shape[1:3]
+    settings = replace(settings, number=number, mask=resize_mask(mask, (height, width)))
     if settings.strength:
         cell = settings.vae.spacial_compression_encode()
-        height, width = settings.picture.shape[-2:]
         settings = settings.prepared((height // cell, width // cell))
     return with_method(model, settings)
 
@@ -154,13 +154,14 @@ def _family(unet: UNetModel) -> str:
 
 
 def masked_latents(vae: Any, picture: torch.Tensor, mask: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The latents [B, 4, *size] of a picture [B, 3, H, W] in [0, 1] that is black where `mask` [B, 1, H, W] is hole.
+    """The latents [B, 4, *size] of a picture [B, H, W, 3 or 4] in [0, 1], black where `mask` [B, 1, H, W] is hole.
 
     Raises ValueError for a VAE of another kind.
     """
     cell = vae.spacial_compression_encode()
     hole = hole_of(fitted(mask, size, cell)).to(picture.device)
-    latents: torch.Tensor = vae.encode(torch.where(hole, 0.0, fitted(picture, size, cell)).movedim(1, -1))
+    shown = torch.where(hole, 0.0, fitted(picture[..., :3].movedim(-1, 1), size, cell))
+    latents: torch.Tensor = vae.encode(shown.movedim(1, -1))
     if latents.shape[1] != LATENT_CHANNELS:
         raise ValueError(
             f"{Branch.name} was given a VAE whose latents have {latents.shape[1]} channels, and a branch's have "

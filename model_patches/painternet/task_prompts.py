@@ -35,15 +35,10 @@ TASKS: Mapping[str, Task] = {
 
 
 class TaskClip:
-    """The branch's text encoder as the host runs it. Raises ValueError for weights that are no CLIP ViT-L."""
+    """The branch's text encoder as the host runs it."""
 
-    def __init__(self, encoder: TaskEncoder, name: str) -> None:
+    def __init__(self, encoder: TaskEncoder) -> None:
         self._clip: Any = comfy.sd.load_text_encoder_state_dicts([dict(encoder.state)])
-        tokens = self._clip.tokenize("")
-        if list(tokens) != ["l"]:
-            raise ValueError(
-                f"{name} is not CLIP ViT-L, which PowerPaint's branch reads: it has the text encoder(s) {', '.join(tokens)}."
-            )
         self._vectors = encoder.vectors
 
     def conditioning(self, token: str) -> list[list[Any]]:

@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from devtools.client import Client, GraphFailed, Progress
 from devtools.pack import pack_module
 from devtools.server import Server
-from truefill_testing.graphs import node, picture, pictures, run_and_interrupt
+from truefill_testing.graphs import SMALL_DREAMMIX, hole_in, node, picture, pictures, run_and_interrupt, scaled_photo
 
 seam = pack_module("imaging.seam")
-masks = pack_module("imaging.masks")
 
 # Sizes that no VAE takes as they are.
-WIDTH, HEIGHT, FEATHER = 181, 139, 8
-METHOD = {
-    "local_share": 0.5,
-    "native_size": 128,
-    "context": 0.5,
-    "feather": FEATHER,
-    "background": "intermediate",
-    "under_hole": "blurred",
-    "raw_pooled": True,
-    "multiple": 64,
-}
+WIDTH, HEIGHT, FEATHER = 181, 139, SMALL_DREAMMIX["feather"]
 
 
 def scene(checkpoint: str) -> dict[str, Any]:
     return {
         "checkpoint": node("CheckpointLoaderSimple", ckpt_name=f"{checkpoint}.safetensors"),
-        "photo": node("TrueFillExamplePhoto", photo="coffee"),
-        "picture": node(
-            "ImageScale", image=["photo", 0], upscale_method="area", width=WIDTH, height=HEIGHT, crop="disabled"
-        ),
+        **scaled_photo(WIDTH, HEIGHT),
         "prompt": node(
             "TrueFillEncodePrompt", clip=["checkpoint", 1], prompt="a cookie", quality_suffix=False, suffix=""
         ),
@@ -53,9 +36,6 @@ def scene(checkpoint: str) -> dict[str, Any]:
             prefix="a photo of a",
         ),
         "negative": node("CLIPTextEncode", clip=["checkpoint", 1], text="blurry"),
-        "save picture": node("PreviewImage", images=["picture", 0]),
-        "hole": node("MaskToImage", mask=["photo", 1]),
-        "save hole": node("PreviewImage", images=["hole", 0]),
     }
 
 
@@ -73,7 +53,7 @@ def in_one_box(checkpoint: str = "sd15-inpainting", **changes: Any) -> dict[str,
         "sampler_name": "dpmpp_2m_sde",
         "scheduler": "karras",
         "denoise": 1.0,
-        **METHOD,
+        **SMALL_DREAMMIX,
     }
     return {
         **scene(checkpoint),
@@ -94,7 +74,7 @@ def with_guider(**changes: Any) -> dict[str, Any]:
         "image": ["picture", 0],
         "mask": ["photo", 1],
         "seed": 1,
-        **METHOD,
+        **SMALL_DREAMMIX,
     }
     return {
         **scene("sd15-inpainting"),
@@ -112,8 +92,7 @@ def with_guider(**changes: Any) -> dict[str, Any]:
 def test_the_hole_is_filled_and_nothing_else_is_touched(server: Client, checkpoint: str) -> None:
     images = server.run(in_one_box(checkpoint)).images
     before, after, at_switch = (picture(images[name][0]) for name in ("save picture", "save", "save switch"))
-    drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(images["save hole"][0])).convert("L")))[None] / 255
-    hole = masks.resize_mask(drawn, (HEIGHT, WIDTH))
+    hole = hole_in(images["save hole"][0], (HEIGHT, WIDTH))
     ramp = seam.square_ramp(hole, FEATHER)[0, 0].numpy()
     assert after.shape == before.shape == at_switch.shape == (HEIGHT, WIDTH, 3)
     assert np.array_equal(after[ramp == 0], before[ramp == 0])

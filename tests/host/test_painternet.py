@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from devtools.client import Client, GraphFailed
-from devtools.pack import pack_module
 from devtools.server import Server
 from truefill_testing import branch_files
-from truefill_testing.graphs import node, picture, pictures, run_and_interrupt
+from truefill_testing.graphs import SMALL_DREAMMIX, hole_in, node, picture, pictures, run_and_interrupt, scaled_photo
 from truefill_testing.task_encoders import write_task_encoder
-
-masks = pack_module("imaging.masks")
 
 # Sizes that no VAE takes as they are.
 WIDTH, HEIGHT = 181, 139
@@ -58,10 +53,7 @@ def graph(
     return {
         "checkpoint": node("CheckpointLoaderSimple", ckpt_name=f"{checkpoint}.safetensors"),
         "branch": node("TrueFillLoadBranch", branch=branch),
-        "photo": node("TrueFillExamplePhoto", photo="coffee"),
-        "picture": node(
-            "ImageScale", image=["photo", 0], upscale_method="area", width=WIDTH, height=HEIGHT, crop="disabled"
-        ),
+        **scaled_photo(WIDTH, HEIGHT),
         "positive": node("CLIPTextEncode", clip=["checkpoint", 1], text="a cookie"),
         "negative": node("CLIPTextEncode", clip=["checkpoint", 1], text="blurry"),
         "conditions": node(
@@ -130,16 +122,10 @@ def test_outside_of_the_hole_nothing_is_touched(server: Client) -> None:
         y=0,
         resize_source=True,
     )
-    of |= {
-        "save": node("PreviewImage", images=["finished", 0]),
-        "save picture": node("PreviewImage", images=["picture", 0]),
-        "hole": node("MaskToImage", mask=["photo", 1]),
-        "save hole": node("PreviewImage", images=["hole", 0]),
-    }
+    of["save"] = node("PreviewImage", images=["finished", 0])
     images = server.run(of).images
     before, after = picture(images["save picture"][0]), picture(images["save"][0])
-    drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(images["save hole"][0])).convert("L")))[None] / 255
-    hole = masks.resize_mask(drawn, (HEIGHT, WIDTH))[0, 0].numpy()
+    hole = hole_in(images["save hole"][0], (HEIGHT, WIDTH))[0, 0].numpy()
     assert np.array_equal(after[hole == 0], before[hole == 0]) and (after[hole == 1] != before[hole == 1]).any()
 
 
@@ -239,14 +225,7 @@ def test_dreammix_takes_it_along(server: Client) -> None:
         "cfg": 4.0,
         "sampler_name": "euler",
         "scheduler": "normal",
-        "local_share": 0.5,
-        "native_size": 128,
-        "context": 0.5,
-        "feather": 8,
-        "background": "intermediate",
-        "under_hole": "blurred",
-        "raw_pooled": True,
-        "multiple": 64,
+        **SMALL_DREAMMIX,
         "denoise": 1.0,
     }
     of["mix"] = node("TrueFillDreamMix", **mixed)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from devtools.client import Client, GraphFailed, Progress
 from devtools.pack import pack_module
 from devtools.server import Server
-from truefill_testing.graphs import node, pictures, run_and_interrupt
+from truefill_testing.graphs import hole_in, node, pictures, run_and_interrupt, scaled_photo
 
 morphology = pack_module("imaging.morphology")
-masks = pack_module("imaging.masks")
 
 # Sizes that no VAE takes as they are.
 WIDTH, HEIGHT, FEATHER = 131, 99, 4
@@ -37,17 +33,11 @@ METHOD = {
 def scene(checkpoint: str = "sd15") -> dict[str, Any]:
     return {
         "checkpoint": node("CheckpointLoaderSimple", ckpt_name=f"{checkpoint}.safetensors"),
-        "photo": node("TrueFillExamplePhoto", photo="coffee"),
-        "picture": node(
-            "ImageScale", image=["photo", 0], upscale_method="area", width=WIDTH, height=HEIGHT, crop="disabled"
-        ),
+        **scaled_photo(WIDTH, HEIGHT),
         "positive": node(
             "TrueFillEncodePrompt", clip=["checkpoint", 1], prompt="a cookie", quality_suffix=False, suffix=""
         ),
         "negative": node("CLIPTextEncode", clip=["checkpoint", 1], text="blurry"),
-        "save picture": node("PreviewImage", images=["picture", 0]),
-        "hole": node("MaskToImage", mask=["photo", 1]),
-        "save hole": node("PreviewImage", images=["hole", 0]),
     }
 
 
@@ -102,8 +92,7 @@ def as_sampler(steps: int = 3, seed: int = 1, **changes: Any) -> dict[str, Any]:
 def test_the_hole_is_filled_and_nothing_else_is_touched(server: Client, family: str) -> None:
     images = server.run(in_one_box(family)).images
     before, after = pictures(images["save picture"])[0], pictures(images["save"])[0]
-    drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(images["save hole"][0])).convert("L")))[None] / 255
-    hole = masks.resize_mask(drawn, (HEIGHT, WIDTH))
+    hole = hole_in(images["save hole"][0], (HEIGHT, WIDTH))
     reach = morphology.grow((hole > 0).float(), FEATHER + 1)[0, 0].numpy() > 0
     assert after.shape == before.shape == (HEIGHT, WIDTH, 3)
     assert np.array_equal(after[~reach], before[~reach])

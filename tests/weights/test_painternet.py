@@ -128,13 +128,16 @@ def test_an_incomplete_file_gets_one_sentence(tmp_path: Path) -> None:
 
 
 def embedding(rows: int) -> torch.Tensor:
-    return torch.arange(float(rows))[:, None].expand(-1, 4).clone()
+    return torch.arange(rows, dtype=torch.float16)[:, None].expand(-1, 768)
 
 
 @pytest.mark.quick
 def test_powerpaints_tokens_lie_beside_the_embedding_or_behind_it() -> None:
     name = "text_model.embeddings.token_embedding"
-    vectors = {token: torch.full((10, 4), float(number)) for number, token in enumerate(("P_ctxt", "P_shape", "P_obj"))}
+    vectors = {
+        token: torch.full((10, 768), float(number), dtype=torch.float16)
+        for number, token in enumerate(("P_ctxt", "P_shape", "P_obj"))
+    }
     released = {
         f"{name}.wrapped.weight": embedding(49408),
         **{f"{name}.trainable_embeddings.{token}": tensor for token, tensor in vectors.items()},
@@ -159,3 +162,8 @@ def test_powerpaints_tokens_lie_beside_the_embedding_or_behind_it() -> None:
             ValueError, match=rf"^x is {what}, but the text encoder of PowerPaint's branch is needed, .*\.$"
         ):
             powerpaint.task_encoder(state, "x")
+    wide = {key: of[:, :700] if of.dim() == 2 else of for key, of in released.items()}
+    with pytest.raises(
+        ValueError, match=r"^x is a text encoder of width 700, but the one of PowerPaint's branch, CLIP ViT-L, .*\.$"
+    ):
+        powerpaint.task_encoder(wide, "x")

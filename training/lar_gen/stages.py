@@ -11,6 +11,7 @@ import torch
 
 from ...weights.demo_model import UNET_PREFIX
 from ...weights.demo_subject import RESAMPLER_PREFIX, VISION_PREFIX
+from ..demo.shipped import shipped_text, shipped_unet, shipped_vae
 from ..demo.vocabulary import world_vocabulary
 from ..loop import Task, averaged_weights
 from .assign import AssignTask, Data, SubjectUNet, block_name
@@ -18,7 +19,7 @@ from .folder import folder_examples
 from .likeness import LikenessTask
 from .quadruples import Encoders, encode_quadruples, load_quadruples
 from .refine import RefineTask
-from .start import shipped_part, shipped_text, shipped_unet, shipped_vae, subject_ships
+from .start import shipped_part, subject_ships
 from .vision import Vision, VisionTask
 
 DEV_QUADRUPLES = 256

@@ -1,29 +1,11 @@
-"""What the training begins with: the demo model's networks as they ship."""
+"""What a stage begins with where no run of those before it is there: what the demo model has learned of subjects, as it ships."""
 
 from __future__ import annotations
 
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ...weights.demo_model import FOLDER, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX, read, read_file
+from ...weights.demo_model import FOLDER, read_file
 from ...weights.demo_subject import FILE
-from ..demo.narrow_taesd import NarrowTAESD, narrow
-from ..demo.networks import TextEncoder, new_unet
-from ..demo.vocabulary import world_vocabulary
-
-
-def shipped_vae() -> NarrowTAESD:
-    """The autoencoder, in evaluation mode."""
-    vae = NarrowTAESD()
-    vae.load_state_dict(narrow(read("vae")))
-    return vae.eval().requires_grad_(False)
-
-
-def shipped_unet(network: str, channels: int) -> UNetModel:
-    """The UNet of "inpaint" (9 input channels) or "text2image" (4), in float32."""
-    unet = new_unet(channels, seed=0)
-    unet.load_state_dict({name.removeprefix(UNET_PREFIX): tensor.float() for name, tensor in read(network).items()})
-    return unet
 
 
 def subject_ships() -> bool:
@@ -35,14 +17,3 @@ def shipped_part(prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of what it has learned of subjects whose names begin so, without that beginning, in float32."""
     state = read_file(FILE)
     return {name.removeprefix(prefix): tensor.float() for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def shipped_text() -> TextEncoder:
-    """The text encoder, which is not trained on."""
-    state = read("text")
-    vocabulary = world_vocabulary()
-    if not torch.equal(state.pop(TOKEN_IDS).long(), vocabulary.token_ids):
-        raise ValueError("The demo model's text encoder has other words than this world: export it anew.")
-    text = TextEncoder(vocabulary, seed=0)
-    text.load_state_dict({name.removeprefix(TEXT_PREFIX): tensor.float() for name, tensor in state.items()})
-    return text.requires_grad_(False)

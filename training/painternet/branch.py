@@ -98,7 +98,7 @@ class BranchTask(Task):
     ) -> None:
         self.name, self._kind = name, KINDS[name]
         self._train, self._dev = train, dev
-        self._base, self.branch = base.requires_grad_(False), branch
+        self.base, self.branch = base.requires_grad_(False), branch
         self.networks = nn.ModuleDict({"branch": branch})
         # Few prompts differ, and the text encoder stays as it is.
         prompts = sorted({"", *train.prompt.tolist(), *dev.prompt.tolist()})
@@ -113,7 +113,7 @@ class BranchTask(Task):
 
     def to(self, device: torch.device) -> None:
         super().to(device)
-        self._base.to(device)
+        self.base.to(device)
 
     def _batch(self, of: Encoded, indices: np.ndarray, is_empty: np.ndarray) -> Batch:
         chosen = torch.from_numpy(indices)
@@ -142,8 +142,8 @@ class BranchTask(Task):
                 own = reading_maps(self.branch, maps)
             features = self.branch(torch.cat([x, batch["known"]], dim=1), times, batch["context"], options=own)
             options = attention_options(x.device)
-            with injected(self._base, features, 1.0, 1.0, options):
-                predicted: torch.Tensor = self._base(x, times, batch["context"], transformer_options=options)
+            with injected(self.base, features, 1.0, 1.0, options):
+                predicted: torch.Tensor = self.base(x, times, batch["context"], transformer_options=options)
             return predicted
 
         weight = 1.0 + (HOLE_WEIGHT - 1.0) * batch["hole"]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..demo.shipped import shipped_text, shipped_unet, shipped_vae
 from ..demo.vocabulary import world_vocabulary
-from ..lar_gen.folder import folder_examples
-from ..lar_gen.start import shipped_text, shipped_unet, shipped_vae
+from ..folder import folder_regions
 from ..loop import Task
 from .branch import KINDS, BranchTask, new_branch
 from .regions import Encoded, Region, encode_regions, load_regions
@@ -32,7 +32,7 @@ def branch_task(
     Raises ValueError for a folder that can't be read (`imaging.subject_files`).
     """
     vae = shipped_vae().to(device)
-    more = [] if folder is None else [Region(of.picture, of.hole, of.prompt) for of in folder_examples(folder, seed)]
+    more = [] if folder is None else [Region(of.picture, of.hole, of.prompt) for of in folder_regions(folder, seed)]
     sets = []
     for split, size in (("dev", DEV_REGIONS), ("train", count)):
         found = load_regions(runs / "latents", vae, split, size, device, should_stop, reporter(split))

@@ -17,6 +17,7 @@ from truefill_testing.small_models import small_conditioning
 from truefill_testing.subject_weights import random_assign
 
 import comfy.model_management  # isort: skip
+from comfy.ldm.modules.attention import optimized_attention  # isort: skip
 import nodes as host_nodes  # isort: skip
 
 load_pack()
@@ -267,6 +268,23 @@ def test_who_reads_the_cross_attentions_input_reads_what_the_attention_does() ->
     assert torch.equal(read[0], used[0])
 
 
+def test_a_cross_attention_that_another_pack_has_replaced_asks_with_the_control_points() -> None:
+    """As IP-Adapter packs replace them: here by the host's own attention, so that nothing may change."""
+    scene, small = Scene("sd15", False, True), SmallBranch("sd15")
+    sigmas, model, asked = scene.sigmas("simple", 2), scene.patcher.clone(), []
+
+    def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+        asked.append(q)
+        return optimized_attention(q, k, v, extra["n_heads"], transformer_options=extra)
+
+    for block in (("input", 1), ("input", 4), ("middle", 0), ("output", 5)):
+        model.set_model_attn2_replace(replaced, *block)
+    ours = scene.host(sigmas, small.on(model))
+    with branched_literally(scene, small):
+        right = scene.host(sigmas)
+    assert len(asked) == 2 * 4 and relative_error(ours, right) < 1e-5
+
+
 @pytest.mark.quick
 def test_other_patches_stay_and_nothing_is_left_on_the_unet() -> None:
     scene, small = Scene("sd15", False, True, torch.float32), SmallBranch("sd15")
@@ -330,7 +348,9 @@ def test_a_latent_of_another_size_gets_the_picture_in_that_size() -> None:
     settings = small.settings(picture=larger, mask=torch.nn.functional.interpolate(HOLE, scale_factor=2))
     prepared = settings.prepared((16, 13))
     assert tuple(prepared.latents.shape) == (2, 4, 16, 13)
-    fitted = branch.resampled(larger, (128, 104), "bicubic").clamp(0, 1)
+    fitted = torch.nn.functional.interpolate(
+        larger.movedim(-1, 1), (128, 104), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 1)
     expected = MeanVae().encode(torch.where(HOLE > 0, 0.0, fitted).movedim(1, -1))
     assert relative_error(prepared.latents[:, :, :2], expected[:, :, :2]) < 1e-6
     scene = Scene("sd15", False, True, torch.float32)
@@ -340,7 +360,8 @@ def test_a_latent_of_another_size_gets_the_picture_in_that_size() -> None:
 
 @pytest.mark.quick
 def test_an_odd_picture_is_cut_as_the_vae_cuts_it() -> None:
-    planes = picture(size=(133, 111))
+    odd = picture(size=(133, 111))
+    planes = odd.movedim(-1, 1)
     assert torch.equal(branch.fitted(planes, (16, 13), 8), planes[..., 2:130, 3:107])
     assert branch.fitted(planes, (8, 8), 8).shape[-2:] == (64, 64)
     # What is hidden are the pixels of the hole, and no others.
@@ -349,7 +370,7 @@ def test_an_odd_picture_is_cut_as_the_vae_cuts_it() -> None:
     vae = MeanVae()
     seen = []
     vae.encode = lambda pixels: seen.append(pixels) or MeanVae().encode(pixels)
-    branch.masked_latents(vae, planes[:1], mask, (16, 13))
+    branch.masked_latents(vae, odd[:1], mask, (16, 13))
     (shown,) = seen
     assert torch.equal((shown == 0).all(-1)[0], mask[0, 0, 2:130, 3:107] > 0)
     keep = branch.keep_channel(mask, (16, 13), 8)
@@ -370,7 +391,7 @@ def test_the_mask_channel_is_of_the_nearest_pixel() -> None:
 def test_a_part_of_the_picture_is_cut_out_of_picture_and_mask() -> None:
     settings = SmallBranch("sd15").settings()
     part = settings.prepared((16, 13)).of_part(lambda planes: planes[..., 8:72, 16:80])
-    assert torch.equal(part.picture, picture()[..., 8:72, 16:80]) and torch.equal(part.mask, HOLE[..., 8:72, 16:80])
+    assert torch.equal(part.picture, picture()[:, 8:72, 16:80]) and torch.equal(part.mask, HOLE[..., 8:72, 16:80])
     assert part.latents is None and part.prepared((8, 8)).latents.shape[-2:] == (8, 8)
 
 
@@ -392,6 +413,11 @@ def test_what_does_not_fit_gets_one_sentence() -> None:
         ValueError, match=r"^Apply Branch's branch \(PainterNet\) reads prompts of width 24, and .* 40: .*\.$"
     ):
         small.on(scene.patcher, positive=wide)
+    fitting = branch.Text(context=torch.zeros(1, 77, 24), pooled=None)
+    with pytest.raises(
+        ValueError, match=r"^Apply Branch's branch \(PainterNet\) reads prompts of width 24, and .* 40: .*\.$"
+    ):
+        small.on(scene.patcher, positive=fitting, negative=wide)
     with pytest.raises(ValueError, match=r"^Apply Branch's positive is 2 prompts in one .*\.$"):
         branch.Text.of(2 * scene.positive, "positive")
     vae = MeanVae()

@@ -23,7 +23,7 @@ VOCABULARY = 49408
 
 @pytest.fixture(scope="module")
 def clip() -> Iterator[Any]:
-    yield task_prompts.TaskClip(powerpaint.task_encoder(random_task_encoder(), "x"), "x")
+    yield task_prompts.TaskClip(powerpaint.task_encoder(random_task_encoder(), "x"))
 
 
 @pytest.fixture(scope="module")

@@ -30,14 +30,7 @@ BRUSHNET_SDXL = Layout(
     widths=(320, 640, 1280), resnets=(2,) * 3, depths=(0,) * 3, depth_middle=0, context=None, pooled=2816
 )
 POWERPAINT = Layout(widths=(320, 640, 1280, 1280), resnets=(2,) * 4, depths=(1, 1, 1, 0), depth_middle=1, context=768)
-PAINTERNET_SD15 = Layout(
-    widths=(320, 640, 1280, 1280),
-    resnets=(2,) * 4,
-    depths=(1, 1, 1, 0),
-    depth_middle=1,
-    context=768,
-    has_attention_points=True,
-)
+PAINTERNET_SD15 = replace(POWERPAINT, has_attention_points=True)
 PAINTERNET_SDXL = Layout(
     widths=(320, 640, 1280),
     resnets=(2,) * 3,
@@ -158,34 +151,11 @@ def random_branch(layout: Layout, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
+_SMALL_SD15 = replace(PAINTERNET_SD15, widths=(32, 64, 128, 128), context=24)
 SMALL = {
-    "sd15": Layout(
-        widths=(32, 64, 128, 128),
-        resnets=(2,) * 4,
-        depths=(1, 1, 1, 0),
-        depth_middle=1,
-        context=24,
-        has_attention_points=True,
-    ),
-    "sd2": Layout(
-        widths=(32, 64, 128, 128),
-        resnets=(2,) * 4,
-        depths=(1, 1, 1, 0),
-        depth_middle=1,
-        context=32,
-        is_linear=True,
-        has_attention_points=True,
-    ),
-    "sdxl": Layout(
-        widths=(32, 64, 128),
-        resnets=(2,) * 3,
-        depths=(0, 2, 3),
-        depth_middle=3,
-        context=40,
-        pooled=2816,
-        is_linear=True,
-        has_attention_points=True,
-    ),
+    "sd15": _SMALL_SD15,
+    "sd2": replace(_SMALL_SD15, context=32, is_linear=True),
+    "sdxl": replace(PAINTERNET_SDXL, widths=(32, 64, 128), depths=(0, 2, 3), depth_middle=3, context=40),
 }
 """For `small_models`."""
 

@@ -39,8 +39,8 @@ class MeanVae:
 
 
 def picture(seed: int = 51, size: tuple[int, int] = (128, 104), count: int = 2) -> torch.Tensor:
-    """[count, 3, *size] in [0, 1]."""
-    return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(seed))
+    """[count, *size, 3] in [0, 1]."""
+    return torch.rand(count, *size, 3, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(eq=False)
@@ -83,8 +83,8 @@ def branched_literally(
     """Within, the scene's UNet is the oracle's, which reads the branch's own picture and hole, and the UNet's prompts."""
     unet = scene.model.diffusion_model
     forward = unet._forward
-    shown = torch.where(HOLE > 0, 0.0, picture())
-    known = MeanVae().encode(shown.movedim(1, -1)) * scene.scale
+    shown = torch.where(HOLE[:, 0, :, :, None] > 0, 0.0, picture())
+    known = MeanVae().encode(shown) * scene.scale
 
     def literally(x: Any, timesteps: Any = None, context: Any = None, y: Any = None, *rest: Any, **more: Any) -> Any:
         times = len(x) // len(HOLE)

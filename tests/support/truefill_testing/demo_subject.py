@@ -33,16 +33,16 @@ def encoded(count: int) -> Any:
 
 def untrained_tasks(train: Any = None) -> list[Any]:
     """The tasks of all stages in their order, on random quadruples where no others are given."""
-    start, vocabulary = pack_module("training.lar_gen.start"), pack_module("training.demo.vocabulary")
+    shipped, vocabulary = pack_module("training.demo.shipped"), pack_module("training.demo.vocabulary")
     assign, refine = pack_module("training.lar_gen.assign"), pack_module("training.lar_gen.refine")
     words = vocabulary.world_vocabulary()
-    data = assign.Data(train or encoded(4), encoded(2), torch.zeros(65, 160), start.shipped_text(), words)
-    first = assign.AssignTask(data, start.shipped_unet("inpaint", 9), seed=3)
+    data = assign.Data(train or encoded(4), encoded(2), torch.zeros(65, 160), shipped.shipped_text(), words)
+    first = assign.AssignTask(data, shipped.shipped_unet("inpaint", 9), seed=3)
     tasks = [
         pack_module("training.lar_gen.vision").VisionTask(seed=1),
         pack_module("training.lar_gen.likeness").LikenessTask(seed=2),
         first,
-        refine.RefineTask(data, copy.deepcopy(first.main), start.shipped_unet("text2image", 4), seed=4),
+        refine.RefineTask(data, copy.deepcopy(first.main), shipped.shipped_unet("text2image", 4), seed=4),
     ]
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

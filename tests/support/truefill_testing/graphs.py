@@ -9,13 +9,47 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from devtools.client import Client, GraphInterrupted, Progress
+from devtools.pack import pack_module
+
+SMALL_DREAMMIX: dict[str, Any] = {
+    "local_share": 0.5,
+    "native_size": 128,
+    "context": 0.5,
+    "feather": 8,
+    "background": "intermediate",
+    "under_hole": "blurred",
+    "raw_pooled": True,
+    "multiple": 64,
+}
+"""Inputs of DreamMix's nodes for small pictures."""
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
+
+
+def scaled_photo(width: int, height: int) -> dict[str, Any]:
+    """Nodes "photo" (its second output is the hole) and "picture", the photo in a size, both saved besides."""
+    return {
+        "photo": node("TrueFillExamplePhoto", photo="coffee"),
+        "picture": node(
+            "ImageScale", image=["photo", 0], upscale_method="area", width=width, height=height, crop="disabled"
+        ),
+        "save picture": node("PreviewImage", images=["picture", 0]),
+        "hole": node("MaskToImage", mask=["photo", 1]),
+        "save hole": node("PreviewImage", images=["hole", 0]),
+    }
+
+
+def hole_in(png: bytes, size: tuple[int, int]) -> torch.Tensor:
+    """A saved hole at a picture's size (height, width), as the nodes see it: [1, 1, height, width]."""
+    drawn = torch.from_numpy(np.array(Image.open(io.BytesIO(png)).convert("L")))[None] / 255
+    hole: torch.Tensor = pack_module("imaging.masks").resize_mask(drawn, size)
+    return hole
 
 
 def picture(png: bytes) -> np.ndarray:

@@ -56,11 +56,12 @@ def branch_outputs(
     context: torch.Tensor,
     y: torch.Tensor | None,
     heads: Heads,
+    maps: list[torch.Tensor] | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Z_lay(lay_i) [B, channels, h_i, w_i], down, middle, up, and Z_attn(attn_j) [B, cells, channels], as a pass meets them.
 
     x [B, 9, h, w], timesteps [B], context [B, L, C], y [B, A] for a branch with `add_embedding`. A file without attention
-    points has none of the latter.
+    points has none of the latter. Its cross-attentions' A_j [B, heads, cells, L], softmaxed, go to the end of `maps`.
     """
     state, x, context = _float64(state), x.double(), context.double()
     heads_of = heads if callable(heads) else heads.__getitem__
@@ -75,7 +76,7 @@ def branch_outputs(
         h = _residual(state, f"{block}.resnets.{number}", _RESIDUAL, h, embedding)
         attention = f"{block}.attentions.{number}"
         if f"{attention}.norm.weight" in state:
-            h = _transformers(state, attention, h, context, heads_of(h.shape[1]), crossed)
+            h = _transformers(state, attention, h, context, heads_of(h.shape[1]), crossed, maps=maps)
         return h
 
     h = _conv(state, "conv_in_condition", x)
@@ -287,11 +288,12 @@ def _transformers(
     heads: int,
     crossed: list[torch.Tensor],
     added: Iterator[torch.Tensor] | None = None,
+    maps: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """A spatial transformer on x [B, channels, h, w].
 
-    The outputs [B, h * w, channels] of its cross-attentions go to the end of `crossed`; the next of `added`, if it is
-    given, is added to what each of them makes its queries from.
+    The outputs [B, h * w, channels] of its cross-attentions go to the end of `crossed`, their maps to that of `maps`; the next of
+    `added`, if it is given, is added to what each of them makes its queries from.
     """
     _, _, height, width = x.shape
     is_linear = state[f"{name}.proj_in.weight"].ndim == 2
@@ -308,7 +310,7 @@ def _transformers(
         n = _layer_norm(state, f"{block}.norm2", h)
         if added is not None:
             n = n + next(added)
-        crossed.append(_attention(state, f"{block}.attn2", n, context, heads))
+        crossed.append(_attention(state, f"{block}.attn2", n, context, heads, maps))
         h = h + crossed[-1]
         n = _layer_norm(state, f"{block}.norm3", h)
         values, gates = _linear(state, f"{block}.ff.net.0.proj", n).chunk(2, dim=-1)
@@ -322,18 +324,28 @@ def _transformers(
 
 
 def _attention(
-    state: State, name: str, queries_from: torch.Tensor, keys_from: torch.Tensor, heads: int
+    state: State,
+    name: str,
+    queries_from: torch.Tensor,
+    keys_from: torch.Tensor,
+    heads: int,
+    maps: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """to_out(softmax(Q K^T / sqrt(d)) V), a head at a time: [B, N, channels], [B, M, .] -> [B, N, channels]."""
+    """to_out(softmax(Q K^T / sqrt(d)) V), a head at a time: [B, N, channels], [B, M, .] -> [B, N, channels].
+
+    softmax(Q K^T / sqrt(d)) [B, heads, N, M] goes to the end of `maps`.
+    """
     q = _linear(state, f"{name}.to_q", queries_from)
     k, v = (_linear(state, f"{name}.{to}", keys_from) for to in ("to_k", "to_v"))
     d, rest = divmod(q.shape[2], heads)
     assert rest == 0
-    found = []
+    found, looked = [], []
     for head in range(heads):
         here = slice(head * d, (head + 1) * d)
-        scores = q[:, :, here] @ k[:, :, here].mT / math.sqrt(d)
-        found.append(scores.softmax(dim=-1) @ v[:, :, here])
+        looked.append((q[:, :, here] @ k[:, :, here].mT / math.sqrt(d)).softmax(dim=-1))
+        found.append(looked[-1] @ v[:, :, here])
+    if maps is not None:
+        maps.append(torch.stack(looked, dim=1))
     return _linear(state, f"{name}.to_out.0", torch.cat(found, dim=-1))
 
 

@@ -16,7 +16,7 @@ ensure_host()
 
 folder = pack_module("training.lar_gen.folder")
 quadruples = pack_module("training.lar_gen.quadruples")
-start = pack_module("training.lar_gen.start")
+shipped = pack_module("training.demo.shipped")
 vision = pack_module("training.lar_gen.vision")
 
 
@@ -58,7 +58,7 @@ def test_each_subject_becomes_a_task(path: Path) -> None:
 
 
 def test_they_are_trained_on_beside_the_worlds(path: Path) -> None:
-    encoders = quadruples.Encoders(start.shipped_vae(), vision.Vision(seed=0).eval(), torch.device("cpu"))
+    encoders = quadruples.Encoders(shipped.shipped_vae(), vision.Vision(seed=0).eval(), torch.device("cpu"))
     more = encoders.encode(folder.folder_examples(path, seed=0))
     both = demo_subject.encoded(4).with_more(more)
     assert len(both.clean) == len(both.own) == len(both.prompt) == 7 and both.prompt[4] in (

@@ -20,6 +20,7 @@ import comfy.samplers  # noqa: E402
 
 export = pack_module("training.lar_gen.export")
 quadruples = pack_module("training.lar_gen.quadruples")
+shipped = pack_module("training.demo.shipped")
 start = pack_module("training.lar_gen.start")
 vision = pack_module("training.lar_gen.vision")
 diffusion = pack_module("training.diffusion")
@@ -235,7 +236,7 @@ def test_only_what_the_paper_trains_moves() -> None:
 
 def test_encoded_quadruples_are_what_the_nodes_encode(tmp_path: Path) -> None:
     """The hole is gray in the masked picture, the subject lies on white, and a second call reads the files."""
-    encoders = quadruples.Encoders(start.shipped_vae(), vision.Vision(seed=0).eval(), torch.device("cpu"))
+    encoders = quadruples.Encoders(shipped.shipped_vae(), vision.Vision(seed=0).eval(), torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quadruples, "SHARD", 2)
         patch.setattr(quadruples, "_AT_ONCE", 2)
@@ -281,7 +282,7 @@ def test_encoded_quadruples_are_what_the_nodes_encode(tmp_path: Path) -> None:
 def test_the_shipped_autoencoder_is_narrow_again() -> None:
     narrow_taesd, demo_model = pack_module("training.demo.narrow_taesd"), pack_module("weights.demo_model")
     state = demo_model.read("vae")
-    again = narrow_taesd.widen(start.shipped_vae().state_dict(), demo_model.LATENT_SCALE)
+    again = narrow_taesd.widen(shipped.shipped_vae().state_dict(), demo_model.LATENT_SCALE)
     assert again.keys() == {*state, "vae_scale"} or again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor.float()) for name, tensor in state.items() if name != "vae_scale")
 

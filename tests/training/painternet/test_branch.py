@@ -11,7 +11,6 @@ import torch
 
 from devtools.pack import ensure_host, load_pack, pack_module
 from truefill_testing import literal_branch
-from truefill_testing.demo_weights import write_untrained
 
 ensure_host()
 load_pack()
@@ -22,6 +21,7 @@ exporting = pack_module("training.painternet.export")
 loop = pack_module("training.loop")
 networks = pack_module("training.demo.networks")
 narrow_taesd = pack_module("training.demo.narrow_taesd")
+subject_files = pack_module("imaging.subject_files")
 network = pack_module("model_patches.painternet.network")
 readers = pack_module("weights.painternet")
 vocabulary = pack_module("training.demo.vocabulary")
@@ -89,14 +89,17 @@ def encoded() -> Any:
     return regions.Encoded.of([regions.encode_regions(vae.eval(), found, torch.device("cpu"))])
 
 
+def text_encoder() -> Any:
+    return networks.TextEncoder(vocabulary.world_vocabulary(), seed=2).requires_grad_(False)
+
+
 def task(encoded: Any, name: str = "branch") -> Any:
     words = vocabulary.world_vocabulary()
     branch = training.new_branch(networks.new_unet(9, seed=1), training.KINDS[name].attention_points)
-    text = networks.TextEncoder(words, seed=2).requires_grad_(False)
     base = networks.new_unet(4, seed=3)
     # A fresh one's is zero: it would predict nothing, whatever it is told.
     base.out[2].weight.data.normal_(std=0.05, generator=torch.Generator().manual_seed(6))
-    return training.BranchTask(name, encoded, encoded, base, branch, text, words)
+    return training.BranchTask(name, encoded, encoded, base, branch, text_encoder(), words)
 
 
 @pytest.mark.quick
@@ -116,56 +119,72 @@ def test_a_branch_begins_as_the_inpainting_unet_and_changes_nothing() -> None:
 
 
 def test_a_step_is_the_literal_one(encoded: Any) -> None:
-    """Noise of the base with the branch's features, and the attention loss on the branch's own maps, from raw prompts."""
-    one = task(encoded)
+    """Raw prompts, latents and the step's seed in; the branch, the noise and both losses written out."""
+    words = vocabulary.world_vocabulary()
+    one, text = task(encoded), text_encoder()
     generator = torch.Generator().manual_seed(5)
     for point in one.branch.points:
         for weight in point.parameters():
             weight.data.normal_(std=0.05, generator=generator)
-    batch = one.batch(seed=0, step=0, size=3)
-    seen: dict[str, torch.Tensor] = {}
-    base = one._base
-    handle = base.register_forward_hook(
-        lambda module, given, output: seen.update(x=given[0], times=given[1], output=output)
-    )
-    try:
-        with torch.no_grad():
-            losses = one.losses(batch, torch.Generator().manual_seed(7))
-    finally:
-        handle.remove()
-    state = readers.branch_state(network.weights_of(one.branch, training.demo_plan(), "x"))
-    known = torch.cat([encoded.masked.float(), 1 - encoded.hole.float()], 1)
-    rows = [int((encoded.clean.float() - of).flatten(1).abs().sum(1).argmin()) for of in batch["latents"]]
-    x9 = torch.cat([seen["x"], known[rows]], 1)
-    layers, attentions = literal_branch.branch_outputs(
-        state, x9, seen["times"], batch["context"], None, lambda channels: channels // 32
-    )
-    right = literal_branch.injected_base(
-        base, seen["x"], seen["times"], batch["context"], None, layers, attentions, 1.0, 1.0
-    )
-    assert relative_error(seen["output"], right) < 1e-4
-    maps: list[torch.Tensor] = []
+    of_prompt = {prompt: text(words.batch([prompt]))[0].detach() for prompt in (*encoded.prompt.tolist(), "")}
+
+    def said_in(batch: dict[str, torch.Tensor]) -> list[str]:
+        nearest = [
+            min(of_prompt, key=lambda prompt: float((of_prompt[prompt] - context).abs().max()))
+            for context in batch["context"]
+        ]
+        assert all(
+            torch.allclose(of_prompt[prompt], of, atol=1e-6)
+            for prompt, of in zip(nearest, batch["context"], strict=True)
+        )
+        return nearest
+
+    # A prompt is left out now and then.
+    batch = next(batch for step in range(20) if "" in said_in(batch := one.batch(seed=0, step=step, size=6)))
+    said = said_in(batch)
     with torch.no_grad():
-        one.branch(x9, seen["times"], batch["context"], options=training.reading_maps(one.branch, maps))
-    words = [len(encoded.prompt[row].split()) for row in rows]
-    empty = (batch["tokens"].sum(1) == 0).tolist()
-    positions = [
-        [] if none else literal_branch.own_token_positions(count) for none, count in zip(empty, words, strict=True)
-    ]
-    wanted = literal_branch.actual_token_attention_loss(maps, positions, encoded.hole.float()[rows])
-    assert len(maps) == len(attentions) == len(unet_attention.transformer_places(base))
-    assert float(losses["attention"]) == pytest.approx(float(wanted), rel=1e-4)
-    assert float(losses["loss"]) == pytest.approx(float(losses["noise"] + 1e-4 * losses["attention"]), rel=1e-5)
+        losses = one.losses(batch, torch.Generator().manual_seed(7))
+    rows = [int((encoded.clean.float() - of).flatten(1).abs().sum(1).argmin()) for of in batch["latents"]]
+    assert (
+        all(prompt in ("", encoded.prompt[row]) for prompt, row in zip(said, rows, strict=True)) and len(set(said)) > 2
+    )
+    clean, hole, masked = (of[rows].double() for of in (encoded.clean, encoded.hole, encoded.masked))
+
+    draws = torch.Generator().manual_seed(7)
+    times = ((torch.arange(6) + torch.rand(6, generator=draws)) / 6 * 1000).long()
+    noise = torch.randn(clean.shape, generator=draws).double()
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    share = (1.0 - betas).cumprod(0)[times][:, None, None, None]
+    x = share.sqrt() * clean + (1.0 - share).sqrt() * noise
+    with torch.no_grad():
+        context = text(words.batch(said))
+    state = readers.branch_state(network.weights_of(one.branch, training.demo_plan(), "x"))
+    maps: list[torch.Tensor] = []
+    layers, attentions = literal_branch.branch_outputs(
+        state, torch.cat([x, masked, 1.0 - hole], 1), times, context, None, lambda channels: channels // 32, maps
+    )
+    predicted = literal_branch.injected_base(one.base, x, times, context, None, layers, attentions, 1.0, 1.0)
+
+    weight = 1.0 + 3.0 * hole
+    error = ((predicted - noise).square().mean(1, keepdim=True) * weight).mean((1, 2, 3)) / weight.mean((1, 2, 3))
+    snr = (share / (1.0 - share)).flatten()
+    of_noise = (error * snr.clamp(max=5.0) / snr).mean()
+    positions = [literal_branch.own_token_positions(len(of.split())) for of in said]
+    of_attention = literal_branch.actual_token_attention_loss(maps, positions, hole)
+    assert len(maps) == len(unet_attention.transformer_places(one.base))
+    assert float(losses["noise"]) == pytest.approx(float(of_noise), rel=1e-4)
+    assert float(losses["attention"]) == pytest.approx(float(of_attention), rel=1e-4)
+    assert float(losses["loss"]) == pytest.approx(float(of_noise + 1e-4 * of_attention), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["branch", "branch-of-layers"])
 def test_what_is_trained_is_what_the_nodes_load(encoded: Any, tmp_path: Path, name: str) -> None:
     one = task(encoded, name)
-    before = {key: tensor.clone() for key, tensor in one._base.state_dict().items()}
+    before = {key: tensor.clone() for key, tensor in one.base.state_dict().items()}
     settings = loop.Settings(steps=2, batch=2, learning_rate=1e-3, bfloat16=False, ema=0.5)
     trainer = loop.Trainer(one, settings, tmp_path / name, torch.device("cpu"))
     assert trainer.train(lambda: False, lambda progress: None)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in one._base.state_dict().items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in one.base.state_dict().items())
     trained = exporting.trained_branch(tmp_path / name)
     assert bool(trained.attention_points) == (name == "branch")
     assert any(weight.any() for point in trained.points for weight in point.parameters())
@@ -180,17 +199,30 @@ def test_what_is_trained_is_what_the_nodes_load(encoded: Any, tmp_path: Path, na
     assert relative_error(ours, theirs) < 0.2
 
 
-def test_an_empty_folder_of_pictures_gets_one_sentence(tmp_path: Path) -> None:
+def test_pictures_of_a_folder_are_trained_on_beside_the_worlds(
+    encoded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stages = pack_module("training.painternet.stages")
-    write_untrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\.$"):
-        stages.branch_task(
-            "branch",
-            tmp_path,
-            1,
-            tmp_path,
-            0,
-            torch.device("cpu"),
-            lambda: True,
-            lambda split: lambda done, total: None,
+    monkeypatch.setattr(stages, "load_regions", lambda *given: encoded)
+    scene = scenes.make_scene("dev", 1)
+    subject_files.save_subjects(
+        tmp_path,
+        torch.from_numpy(scene.picture)[None].float() / 255.0,
+        [torch.from_numpy(scene.masks[:2]).float()],
+        [["a red thing", "another thing"]],
+        smallest=0.0,
+        largest=1.0,
+    )
+
+    def made(folder: Path | None) -> Any:
+        device = torch.device("cpu")
+        return stages.branch_task(
+            "branch", tmp_path, 4, folder, 0, device, lambda: False, lambda split: lambda done, total: None
         )
+
+    batches = [made(folder).batch(seed=0, step=0, size=64) for folder in (None, tmp_path)]
+    kinds = [len(torch.unique(batch["latents"].flatten(1), dim=0)) for batch in batches]
+    assert kinds == [4, 4 + 2]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"^The folder .*empty has no subject: .*\.$"):
+        made(tmp_path / "empty")
