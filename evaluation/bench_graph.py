@@ -56,7 +56,7 @@ def kept(unet: UNetModel, config: dict[str, Any], cells: int) -> float:
     call = UNetCall(
         unet=unet,
         places=unets.transformer_places(unet),
-        rows=(call_rows.PromptRows(True, PromptTokens(tokens, torch.zeros_like(tokens))),),
+        rows=(call_rows.PromptRows(True, PromptTokens(tokens, torch.zeros_like(tokens), are_known=True)),),
         sigma=1.0,
         x=torch.randn(1, 4, cells, cells, dtype=dtype).requires_grad_(),
         timesteps=torch.tensor([500.0]),

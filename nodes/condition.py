@@ -16,7 +16,11 @@ class TrueFillEncodePrompt(io.ComfyNode):
             "PAIntA and RASG follow those and nothing else.",
             search_aliases=["clip text encode", "prompt", "local prompt", "hd-painter", "inpaint prompt"],
             inputs=[
-                io.Clip.Input("clip", tooltip="CLIP of an SD1.5, SD2 or SDXL checkpoint."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The text encoders of SD1.5, SD2, SDXL, SD3, Flux, Flux2, Chroma, Qwen-Image, Z-Image, Krea2 or "
+                    "HiDream.",
+                ),
                 io.String.Input(
                     "prompt",
                     multiline=True,

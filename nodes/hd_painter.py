@@ -15,12 +15,14 @@ from ..model_patches.hd_painter.rasg import RASG
 from ..model_patches.hd_painter.super_resolution import MAX_NOISE_LEVEL, Layout, UpscaleSampling, upscale_hole
 from .announce import announcer
 from .schema import (
+    GUIDED_MODELS,
     cfg_input,
     check_window,
     end_percent_input,
     grid_input,
     harmonize_inputs,
     hole_input,
+    layers_input,
     scheduler_input,
     seed_input,
     start_percent_input,
@@ -36,7 +38,7 @@ class TrueFillPAIntA(io.ComfyNode):
             category="TrueFill/4 guide",
             description="Lets the hole look less at known pixels that have nothing to do with the prompt, so that the "
             "background and nearby objects do not take the hole over. HD-Painter's Prompt-Aware Introverted Attention, for "
-            "SD1.5, SD2 and SDXL, inpainting and plain; training-free.",
+            "SD1.5, SD2 and SDXL, Flux, Qwen-Image, Z-Image, SD3 and others, inpainting and plain; training-free.",
             search_aliases=[
                 "hd-painter",
                 "hdpainter",
@@ -45,7 +47,7 @@ class TrueFillPAIntA(io.ComfyNode):
                 "inpaint",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
+                io.Model.Input("model", tooltip=GUIDED_MODELS),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -64,6 +66,7 @@ class TrueFillPAIntA(io.ComfyNode):
                     "mention it).",
                 ),
                 hole_input(),
+                layers_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with PAIntA. Works with every sampler and with RASG.")],
         )
@@ -77,11 +80,17 @@ class TrueFillPAIntA(io.ComfyNode):
         end_percent: float,
         smooth: bool,
         mask: io.Mask.Type | None = None,
+        layers: str = "all",
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
         log_noise("PAIntA", mask=mask)
         settings = PAIntA(
-            strength=strength, start_percent=start_percent, end_percent=end_percent, smooth=smooth, mask=mask
+            strength=strength,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            smooth=smooth,
+            mask=mask,
+            layers=layers,
         )
         return io.NodeOutput(with_method(model, settings))
 

@@ -14,10 +14,12 @@ from ..model_patches.pilot.sampler import PILOT, Memory, pilot_sampler
 from ..model_patches.pilot.semantic_boundary import SemanticBoundary
 from .announce import announcer
 from .schema import (
+    GUIDED_MODELS,
     cfg_input,
     check_window,
     end_percent_input,
     hole_input,
+    layers_input,
     scheduler_input,
     seed_input,
     start_percent_input,
@@ -35,7 +37,7 @@ class TrueFillSemanticBoundary(io.ComfyNode):
             display_name="SBC: Semantic Boundary (TrueFill)",
             category="TrueFill/4 guide",
             description="Keeps the prompt inside the hole: known pixels do not read its words. PILOT's semantic boundary "
-            "control, for SD1.5, SD2 and SDXL, plain and inpainting; training-free.",
+            "control, for SD1.5, SD2 and SDXL, Flux, Qwen-Image, Z-Image, SD3 and others, plain and inpainting; training-free.",
             search_aliases=[
                 "pilot",
                 "sbc",
@@ -45,7 +47,7 @@ class TrueFillSemanticBoundary(io.ComfyNode):
                 "inpaint",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),
+                io.Model.Input("model", tooltip=GUIDED_MODELS),
                 io.Float.Input(
                     "strength",
                     default=1.0,
@@ -58,6 +60,7 @@ class TrueFillSemanticBoundary(io.ComfyNode):
                 start_percent_input(),
                 end_percent_input(1.0, "The paper's default is all of sampling."),
                 hole_input(),
+                layers_input(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the boundary. Works with every sampler, PAIntA and RASG.")
@@ -72,10 +75,13 @@ class TrueFillSemanticBoundary(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         mask: io.Mask.Type | None = None,
+        layers: str = "all",
     ) -> io.NodeOutput:
         check_window(start_percent, end_percent)
         log_noise("SBC", mask=mask)
-        settings = SemanticBoundary(strength=strength, start_percent=start_percent, end_percent=end_percent, mask=mask)
+        settings = SemanticBoundary(
+            strength=strength, start_percent=start_percent, end_percent=end_percent, mask=mask, layers=layers
+        )
         return io.NodeOutput(with_method(model, settings))
 
 

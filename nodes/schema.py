@@ -6,6 +6,7 @@ from comfy.samplers import KSampler
 from comfy_api.latest import io
 
 from ..imaging.harmonize import ColorMode, Mode
+from ..model_patches.core.joint_attention import LAYERS
 from ..model_patches.core.unet_attention import AUTO, GRIDS
 from ..weights.engines import TRANSFORMERS, Package
 
@@ -22,6 +23,10 @@ def scheduler_input(default: str) -> io.Combo.Input:
     return io.Combo.Input("scheduler", options=KSampler.SCHEDULERS, default=default, tooltip="Spacing of the steps.")
 
 
+GUIDED_MODELS = "An SD1.5, SD2, SDXL, SD3, Flux, Flux2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea2 or HiDream model."
+"""What attention can be edited in."""
+
+
 def hole_input() -> io.Mask.Input:
     """For nodes that look for the hole in the latent and the conditioning first."""
     return io.Mask.Input(
@@ -29,6 +34,17 @@ def hole_input() -> io.Mask.Input:
         optional=True,
         tooltip="The hole (white). Only needed where neither the latent nor the conditioning carries the mask; where it is "
         "connected it counts.",
+    )
+
+
+def layers_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "layers",
+        options=list(LAYERS),
+        default="all",
+        advanced=True,
+        tooltip="In which blocks of Flux, Qwen-Image, Z-Image and others without a UNet it acts. alternate: the second, the "
+        "fourth and so on. SD1.5, SD2 and SDXL don't ask.",
     )
 
 

@@ -17,7 +17,7 @@ from .prompt_tokens import PromptTokens, prompt_tokens
 ROWS_KEY = "truefill_rows"
 """Name of the keyword argument under which a model call receives its tuple of `PromptRows`."""
 
-Area = tuple[int, ...]
+Area = tuple[int, int, int, int]
 
 Conds = list[list[dict[str, Any]] | None]
 """What the host evaluates at once: the conditioning entries of each role (positive, negative ...); None is left out."""
@@ -49,7 +49,13 @@ class RowsCond:
         self._latent_size = latent_size
 
     def process_cond(self, batch_size: int, area: Sequence[int] | None = None, **kwargs: object) -> RowsCond:
-        cut = None if area is None or tuple(area) == (*self._latent_size, 0, 0) else tuple(area)
+        cut: Area | None = None
+        if area is not None:
+            # Latents with frames have an area of six numbers; a picture has one frame.
+            (height, width), (top, left) = area[: len(area) // 2][-2:], area[-2:]
+            cut = (height, width, top, left)
+        if cut == (*self._latent_size, 0, 0):
+            cut = None
         with torch.inference_mode(False):
             tokens = self.rows.tokens.of_batch(batch_size)
         return RowsCond(replace(self.rows, area=cut, tokens=tokens), self._latent_size)

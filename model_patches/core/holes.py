@@ -33,6 +33,9 @@ def hole_on_latent(
             f"{who} needs to know where the hole is, and neither the latent nor the conditioning has a mask: use "
             f"InpaintModelConditioning or Set Latent Noise Mask, or connect a MASK to the {who} node."
         )
+    if mask.ndim == 5:
+        # A model whose latents have frames, of which a picture has one.
+        mask = mask[:, :, 0]
     return repeat_to_batch(
         _on_grid(as_mask_batch(mask).to(noise.device), (noise.shape[-2], noise.shape[-1])), len(noise)
     )

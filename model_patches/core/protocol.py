@@ -17,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .autograd import as_ordinary
 from .call_rows import Conds, PromptRows
+from .joint_attention import JointCall, JointEdit
 from .unet_attention import TransformerPlace
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class MethodRun:
         Where a graph is recorded it stays open until the graph has been used: blocks may run again in the backward pass.
         """
         return nullcontext()
+
+    def edit_joint(self, call: JointCall) -> JointEdit | None:
+        """How one call of a diffusion transformer, which has no UNet, is edited."""
+        return None
 
     def call_unet(self, call_next: Callable[[UNetCall], torch.Tensor], call: UNetCall) -> torch.Tensor:
         """Makes the call, which all methods have edited; for methods that change its inputs, or run it under autograd."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher, create_model_options_clone
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy.samplers import KSAMPLER
@@ -23,7 +24,9 @@ from ...imaging.masks import as_mask_batch
 from .autograd import make_weights_ordinary
 from .call_rows import ROWS_KEY, Conds, PromptRows, has_weight, with_rows
 from .holes import hole_on_latent
+from .joint_attention import JointCall, install
 from .protocol import Method, MethodRun, UNetCall
+from .token_layout import token_layout
 from .unet_attention import TransformerPlace, transformer_places
 
 KEY = "TrueFill"
@@ -319,6 +322,7 @@ class SamplingRun:
     def _with_wrappers(self, options: dict[str, Any]) -> dict[str, Any]:
         for kind, wrapper in (
             (WrappersMP.CALC_COND_BATCH, self._calc_cond_batch),
+            (WrappersMP.APPLY_MODEL, self._apply_model),
             (WrappersMP.DIFFUSION_MODEL, self._diffusion_model),
         ):
             add_wrapper_with_key(kind, KEY, wrapper, options, is_model_options=True)
@@ -361,7 +365,39 @@ class SamplingRun:
             evaluate = functools.partial(method.evaluate, evaluate)
         return evaluate(conds)
 
-    def _diffusion_model(
+    def _apply_model(
+        self,
+        executor: Any,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Wrapper around one call of a model, for those without a UNet: each class of them takes its inputs in another order."""
+        options = {} if transformer_options is None else transformer_options.copy()
+        network = executor.class_obj.diffusion_model
+        acting = self._acting()
+        if not isinstance(network, UNetModel):
+            rows: tuple[PromptRows, ...] | None = kwargs.pop(ROWS_KEY, None)
+            if rows is not None and acting:
+                self._check_rows(x, rows)
+                who = ", ".join(self._guests)
+                layout = token_layout(network, self._latent_size_of(rows), c_crossattn, kwargs, who)
+                call = JointCall(network=network, layout=layout, rows=rows, sigma=self.sigma)
+                edits = [edit for method in acting if (edit := method.edit_joint(call)) is not None]
+                install(options, layout, edits, who)
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _diffusion_model(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Wrapper around one call of the network."""
+        if isinstance(executor.class_obj, UNetModel):
+            return self._unet(executor, *args, **kwargs)
+        return executor(*args, **kwargs)
+
+    def _unet(
         self,
         executor: Any,
         x: torch.Tensor,
@@ -411,8 +447,12 @@ class SamplingRun:
                 self.make_weights_ordinary(unet)
             return call_unet(call)
 
+    def _latent_size_of(self, rows: Sequence[PromptRows]) -> tuple[int, int]:
+        """Height and width of the latents that a call with these rows sees, all of the same size."""
+        return self._latent_size if rows[0].area is None else rows[0].area[:2]
+
     def _check_rows(self, x: torch.Tensor, rows: Sequence[PromptRows]) -> None:
-        height, width = self._latent_size if rows[0].area is None else rows[0].area[:2]
+        height, width = self._latent_size_of(rows)
         if tuple(x.shape[-2:]) != (height, width) or x.shape[0] != self.batch * len(rows):
             raise ValueError(
                 f"{', '.join(self._guests)} expected latents of {width}x{height} cells and the model was called with "

@@ -4,6 +4,9 @@ HD-Painter, section 3.3, equation 5. In self-attention the scores between a quer
 multiplied by c_j in [0, 1], the prompt relevance of pixel j. Since c_j (q_i . k_j) = q_i . (c_j k_j), this is done by
 scaling keys and by attending once more for the hole's queries alone: no N x N matrix exists, and the host's own
 attention function does the work.
+
+In models without a UNet the same is done in the joint attention of text and picture, whose picture's keys alone are scaled; the
+relevance is read there as well, by a softmax over the text. Positions are in q and k as rotations, with which scaling commutes.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ import torch.nn.functional as F
 
 from ...imaging.masks import hole_cells
 from ..core.call_rows import Area, Conds, PromptRows, by_role, joined
+from ..core.joint_attention import JointAttention, JointCall, JointEdit
 from ..core.prompt_tokens import prompt_attention
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
-from ..core.unet_attention import Place, TransformerPlace, add_patch, attention, require_unet
+from ..core.token_layout import require_attention
+from ..core.unet_attention import Place, TransformerPlace, add_patch, attention
 
 FACTORS = (2, 4)
 """Latent cells per grid cell where PAIntA acts: 1/16 and 1/32 of the picture."""
@@ -32,16 +37,20 @@ SMOOTHING = (0.2119, 0.5761, 0.2119)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PAIntA(Method):
-    """Settings of PAIntA; `smooth` is the released code's smoothing of the relevance. For models with a Stable Diffusion UNet."""
+    """Settings of PAIntA; `smooth` is the released code's smoothing of the relevance.
+
+    `layers`: in which blocks of a model without a UNet it acts (LAYERS); in a UNet it is those at 1/16 and 1/32 of the picture.
+    """
 
     name: ClassVar = "PAIntA"
     order: ClassVar = 200
 
     end_percent: float = 0.5
     smooth: bool = True
+    layers: str = "all"
 
     def check(self, model: object) -> None:
-        require_unet(model, self.name)
+        require_attention(model, self.name)
 
     def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
         return PAIntARun(self, run, hole)
@@ -69,7 +78,7 @@ class PAIntARun(MethodRun):
     def __init__(self, settings: PAIntA, run: SamplingRun, hole: torch.Tensor) -> None:
         self.settings = settings
         self.hole = hole
-        self.relevance: dict[tuple[Place, Area | None], torch.Tensor] = {}
+        self._relevance: dict[tuple[Place | int, Area | None], torch.Tensor] = {}
         """Relevance of the conditional rows, for the unconditional rows of the same evaluation: [B, pixels]."""
         self.plain_without_relevance = False
         """No rows of a positive prompt will come: rows for which no relevance is known stay plain."""
@@ -82,13 +91,13 @@ class PAIntARun(MethodRun):
     def evaluate(self, call_next: Callable[[Conds], list[torch.Tensor]], conds: Conds) -> list[torch.Tensor]:
         positives, negatives = by_role(conds)
         if self._run.sigma != self._found_at:
-            self.relevance.clear()
+            self._relevance.clear()
             self._found_at = self._run.sigma
         if positives is None:
             # Another node (SAG, say) asks for the negative prompt alone: it keeps the relevance found at this noise level.
             with self._without_positive():
                 return call_next(conds)
-        self.relevance.clear()
+        self._relevance.clear()
         if negatives is None:
             return call_next(conds)
         if not (self._positive_first or self._run.on_several_devices):
@@ -103,6 +112,65 @@ class PAIntARun(MethodRun):
 
     def edit(self, call: UNetCall) -> AbstractContextManager[None]:
         return PAIntACall(self, call).installed()
+
+    def edit_joint(self, call: JointCall) -> JointEdit:
+        layout = call.layout
+        hole = self.hole.cpu()
+        cells = torch.cat([hole_cells(layout.whole(prompt.cut(hole)), layout.grid) for prompt in call.rows]).flatten(1)
+        acts = cells.any(dim=1) & ~cells.all(dim=1)
+        is_known = layout.placed(~cells)
+        for prompt in call.rows:
+            if prompt.conditional and not prompt.tokens.are_known:
+                raise ValueError(
+                    "PAIntA has to know which tokens of the positive prompt are its words, and with this model only TrueFill's "
+                    "Encode Prompt says so: take it in the place of CLIP Text Encode."
+                )
+
+        def scale(attention: JointAttention) -> torch.Tensor:
+            def relevance(rows: slice, prompt: PromptRows) -> torch.Tensor:
+                words = prompt.tokens.words.to(attention.q.device)
+                c = relevance_map(attention.text_attention(rows, words), layout.grid, self.settings.smooth)
+                # Nothing is beside the point of a prompt that says nothing.
+                return torch.where(words.any(dim=1, keepdim=True), c, 1.0)
+
+            c = self.of_rows(attention.number, call.rows, relevance, cells.shape[1], attention.q.device)
+            weakened = 1.0 - self.settings.strength * (1.0 - c)
+            return torch.where(is_known.to(c.device), layout.placed(weakened), 1.0)
+
+        return JointEdit(queries=layout.placed(cells & acts[:, None]), layers=self.settings.layers, key_scale=scale)
+
+    def of_rows(
+        self,
+        place: Place | int,
+        rows: Sequence[PromptRows],
+        relevance: Callable[[slice, PromptRows], torch.Tensor],
+        pixels: int,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """The relevance of each row's pixels to the prompt, [rows, pixels]; `relevance` finds that of a prompt's rows.
+
+        Rows of a negative prompt take the mean of the positive ones' at this place and noise level.
+        """
+        batch = self.hole.shape[0]
+        by_area: dict[Area | None, list[torch.Tensor]] = {}
+        of_prompt: dict[int, torch.Tensor] = {}
+        for number, prompt in enumerate(rows):
+            if prompt.conditional:
+                c = relevance(slice(number * batch, (number + 1) * batch), prompt)
+                of_prompt[number] = c
+                by_area.setdefault(prompt.area, []).append(c)
+        for area, relevances in by_area.items():
+            self._relevance[place, area] = torch.stack(relevances).mean(dim=0).detach()
+        for number, prompt in enumerate(rows):
+            if prompt.conditional:
+                continue
+            shared = self._relevance.get((place, prompt.area))
+            if shared is None:
+                if not self.plain_without_relevance:
+                    raise NeedsConditionalRows
+                shared = torch.ones(batch, pixels)
+            of_prompt[number] = shared.to(device)
+        return torch.cat([of_prompt[number] for number in range(len(rows))])
 
     @contextmanager
     def _without_positive(self) -> Iterator[None]:
@@ -144,10 +212,16 @@ def prompt_relevance(
     """Relevance c of each pixel of a grid to the prompt: [rows, pixels] in [0, 1].
 
     `query` [rows, pixels, channels] and `key` [rows, text, channels] are the projections of the block's cross-attention,
-    `tokens` a bool tensor [1 or rows, text]. The attention paid to the prompt's own tokens (softmax over all tokens, mean over
-    heads), smoothed, then clip((s - median(s)) / max(s), 0, 1).
+    `tokens` a bool tensor [1 or rows, text]. Softmax over all tokens, mean over heads.
     """
-    s = prompt_attention(query, key, heads, tokens)
+    return relevance_map(prompt_attention(query, key, heads, tokens), grid, smooth)
+
+
+def relevance_map(s: torch.Tensor, grid: tuple[int, int], smooth: bool) -> torch.Tensor:
+    """Relevance [rows, pixels] in [0, 1] of the attention `s` [rows, pixels] that a grid's pixels pay to the prompt's own tokens.
+
+    Smoothed, then clip((s - median(s)) / max(s), 0, 1).
+    """
     rows, pixels = s.shape
     if smooth:
         weights = torch.tensor(SMOOTHING, dtype=s.dtype, device=s.device)
@@ -254,33 +328,15 @@ class PAIntACall:
     def _relevance_of_rows(
         self, t: TransformerPlace, x: torch.Tensor, y: torch.Tensor, grid: tuple[int, int]
     ) -> torch.Tensor:
-        batch = self._run.hole.shape[0]
-        by_area: dict[Area | None, list[torch.Tensor]] = {}
-        of_prompt: dict[int, torch.Tensor] = {}
-        for number, prompt in enumerate(self._call.rows):
-            if not prompt.conditional:
-                continue
-            rows = slice(number * batch, (number + 1) * batch)
+        def relevance(rows: slice, prompt: PromptRows) -> torch.Tensor:
             own = prompt.tokens.words_and_ends
             length = own.shape[1]
             query = t.cross.to_q(t.module.norm2(x[rows] + y[rows]))
             key = t.cross.to_k(self._call.context[rows, :length])
             tokens = own.to(query.device)
-            c = prompt_relevance(query, key, t.module.n_heads, tokens, grid, self._run.settings.smooth)
-            of_prompt[number] = c
-            by_area.setdefault(prompt.area, []).append(c)
-        for area, relevances in by_area.items():
-            self._run.relevance[t.place, area] = torch.stack(relevances).mean(dim=0).detach()
-        for number, prompt in enumerate(self._call.rows):
-            if prompt.conditional:
-                continue
-            shared = self._run.relevance.get((t.place, prompt.area))
-            if shared is None:
-                if not self._run.plain_without_relevance:
-                    raise NeedsConditionalRows
-                shared = torch.ones(batch, grid[0] * grid[1])
-            of_prompt[number] = shared.to(y.device)
-        return torch.cat([of_prompt[number] for number in range(len(self._call.rows))])
+            return prompt_relevance(query, key, t.module.n_heads, tokens, grid, self._run.settings.smooth)
+
+        return self._run.of_rows(t.place, self._call.rows, relevance, grid[0] * grid[1], y.device)
 
 
 def _scaled(keys: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

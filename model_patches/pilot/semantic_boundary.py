@@ -4,6 +4,10 @@ PILOT (arXiv 2407.08019), section 4.1.2, equation 16, as in the released code: i
 tokens but the start of the text are set to 0 at known pixels, after the softmax and without normalising them again. Since these
 probabilities are factors of the tokens' values, this is the host's own attention with these values at 0, taken for the known
 pixels alone.
+
+Models without a UNet have one attention for text and picture, which PILOT did not know. There known pixels attend to the picture
+and to reference pictures, and the softmax is over these alone. None of the text is left, though a template may be part of it: its
+tokens read the prompt's words from the first block on, and pass them on. So would what pads the picture: it reads no text either.
 """
 
 from __future__ import annotations
@@ -17,24 +21,28 @@ import torch
 import torch.nn.functional as F
 
 from ..core.call_rows import Area, PromptRows
+from ..core.joint_attention import JointCall, JointEdit
 from ..core.prompt_tokens import CHUNK
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
-from ..core.unet_attention import attention, require_unet
+from ..core.token_layout import require_attention
+from ..core.unet_attention import attention
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SemanticBoundary(Method):
-    """Settings: those of every method. For models with a Stable Diffusion UNet."""
+    """Settings: those of every method, and in which blocks of a model without a UNet it acts (LAYERS); a UNet's are all read."""
 
     name: ClassVar = "Semantic Boundary"
     order: ClassVar = 100
 
+    layers: str = "all"
+
     def check(self, model: object) -> None:
-        require_unet(model, self.name)
+        require_attention(model, self.name)
 
     def begin(self, run: SamplingRun, hole: torch.Tensor) -> MethodRun:
-        return BoundaryRun(self.strength, hole)
+        return BoundaryRun(self, hole)
 
 
 def known_cells(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -72,8 +80,9 @@ class KnownPixels:
 class BoundaryRun(MethodRun):
     """Semantic boundary control in one run."""
 
-    def __init__(self, strength: float, hole: torch.Tensor) -> None:
-        self._strength = strength
+    def __init__(self, settings: SemanticBoundary, hole: torch.Tensor) -> None:
+        self._settings = settings
+        self._hole, self._has_hole = hole, hole.flatten(1).any(dim=1)
         self._known = KnownPixels(hole)
 
     def edit(self, call: UNetCall) -> AbstractContextManager[None]:
@@ -85,6 +94,22 @@ class BoundaryRun(MethodRun):
         replace["attn2"] = attn2
         call.options["patches_replace"] = replace
         return nullcontext()
+
+    def edit_joint(self, call: JointCall) -> JointEdit:
+        layout = call.layout
+        hole, has_hole = self._hole.cpu(), self._has_hole.repeat(len(call.rows)).cpu()
+        known = torch.cat([known_cells(layout.whole(prompt.cut(hole)), layout.grid) for prompt in call.rows])
+        known = known.flatten(1) & has_hole[:, None]
+        queries = layout.placed(known)
+        queries[:, layout.padding] = known.any(dim=1, keepdim=True)
+        left_out = torch.zeros_like(queries)
+        left_out[:, layout.text] = True
+        return JointEdit(
+            queries=queries,
+            layers=self._settings.layers,
+            left_out=left_out,
+            strength=self._settings.strength,
+        )
 
     def _bounded(self, call: UNetCall, attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def bounded(
@@ -107,4 +132,4 @@ class BoundaryRun(MethodRun):
         """What the values of the tokens are multiplied by at known pixels, [1, tokens, 1]."""
         places = torch.arange(value.shape[1], device=value.device)
         said = (places % CHUNK != 0) & (places < text)
-        return torch.where(said, 1.0 - self._strength, 1.0).to(value.dtype)[None, :, None]
+        return torch.where(said, 1.0 - self._settings.strength, 1.0).to(value.dtype)[None, :, None]

@@ -110,16 +110,16 @@ def test_the_tokens_of_an_embedding_are_words(tmp_path) -> None:
     assert options[prompt_tokens.TOKENS_KEY][0].nonzero().flatten().tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_clip_of_another_family_is_refused_in_one_sentence() -> None:
-    class FluxLike(TextOnlyClip):
+def test_a_set_of_text_encoders_that_is_not_known_is_refused_in_one_sentence() -> None:
+    class Unknown(TextOnlyClip):
         def __init__(self):
             pass
 
         def tokenize(self, text, return_word_ids=False):
-            return {"l": [], "t5xxl": []}
+            return {"qwen25_7b": [], "byt5": []}
 
-    with pytest.raises(ValueError, match=r"t5xxl.*SD1\.5, SD2 or SDXL"):
-        prompt_tokens.encode_prompt(FluxLike(), "a rose")
+    with pytest.raises(ValueError, match=r"text encoders byt5, qwen25_7b, .*: use CLIP Text Encode, or load"):
+        prompt_tokens.encode_prompt(Unknown(), "a rose")
 
 
 def token_set_after(conditioning: list) -> list[list[int]]:

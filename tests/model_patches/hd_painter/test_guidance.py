@@ -469,7 +469,7 @@ class TestErrors:
             model = Flux()
 
         for settings in (PAIntA(), RASG()):
-            with pytest.raises(ValueError, match=r"SD1\.5, SD2 and SDXL checkpoints.*this MODEL is Flux") as refused:
+            with pytest.raises(ValueError, match=r"works on SD1\.5, SD2 and SDXL.*this MODEL is Flux") as refused:
                 sampling_run.with_method(Patcher(), settings)
             assert "\n" not in str(refused.value)
 

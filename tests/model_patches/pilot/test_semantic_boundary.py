@@ -206,5 +206,5 @@ def test_a_model_without_a_unet_is_refused() -> None:
     class Other:
         model = None
 
-    with pytest.raises(ValueError, match=r"Semantic Boundary works on SD1\.5, SD2 and SDXL checkpoints"):
+    with pytest.raises(ValueError, match=r"Semantic Boundary works on SD1\.5, SD2 and SDXL, and on Flux"):
         bounded(Other())

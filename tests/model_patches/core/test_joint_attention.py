@@ -1,0 +1,238 @@
+"""Semantic boundary control and PAIntA in diffusion transformers: against attention written out, and as guests of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from devtools.pack import pack_module
+from truefill_testing.joint_scene import JointScene, transformer_of, two_holes
+from truefill_testing.scene import TOKENS_KEY, relative_error
+from truefill_testing.small_transformers import FAMILIES, small_transformer, transformer_conditioning
+
+sampling_run = pack_module("model_patches.core.sampling_run")
+PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
+RASG = pack_module("model_patches.hd_painter.rasg").RASG
+SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
+
+TOLERANCE = 2.5e-5
+"""Of a standard deviation; the host's own runs, with their attention written out in float64, differ by up to 2e-5."""
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_leftovers():
+    yield
+    transformer_of.cache_clear()
+
+
+def with_boundary(scene: JointScene, model: Any = None, **settings: Any) -> Any:
+    given = {"mask": scene.mask, **settings}
+    return sampling_run.with_method(scene.patcher if model is None else model, SemanticBoundary(**given))
+
+
+def with_painta(scene: JointScene, model: Any = None, **settings: Any) -> Any:
+    given = {"mask": scene.mask, "end_percent": 1.0, **settings}
+    return sampling_run.with_method(scene.patcher if model is None else model, PAIntA(**given))
+
+
+@families
+def test_the_boundary_is_the_literal_one(family: str) -> None:
+    scene = JointScene(family)
+    assert scene.error(with_boundary(scene), boundary=1.0) < TOLERANCE
+
+
+@families
+def test_painta_is_the_literal_one(family: str) -> None:
+    scene = JointScene(family)
+    assert scene.error(with_painta(scene), painta=1.0) < TOLERANCE
+
+
+@families
+def test_both_in_other_blocks_and_strengths(family: str) -> None:
+    scene = JointScene(family)
+    model = with_boundary(
+        scene, with_painta(scene, strength=0.7, layers="first half"), strength=0.4, layers="alternate"
+    )
+    edits = {"painta": 0.7, "painta_layers": "first half", "boundary": 0.4, "boundary_layers": "alternate"}
+    assert scene.error(model, **edits) < TOLERANCE
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "sd3"])
+def test_both_in_all_blocks_in_any_order(family: str) -> None:
+    scene = JointScene(family)
+    one, other = with_boundary(scene, with_painta(scene)), with_painta(scene, with_boundary(scene))
+    assert scene.error(one, painta=1.0, boundary=1.0) < TOLERANCE
+    assert torch.equal(scene.host(one), scene.host(other))
+
+
+@pytest.mark.parametrize("layers", ["first half", "second half", "alternate"])
+@pytest.mark.parametrize("family", ["flux", "hidream"])
+def test_layers(family: str, layers: str) -> None:
+    scene = JointScene(family)
+    assert scene.error(with_boundary(scene, layers=layers), boundary=1.0, boundary_layers=layers) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "hidream"])
+def test_prompts_that_the_host_evaluates_apart(family: str) -> None:
+    """Texts of another length make two calls; PAIntA's negative rows need what the positive ones found."""
+    scene = JointScene(family, negative_tokens=13)
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen_image"])
+def test_reference_pictures_stay_free(family: str) -> None:
+    scene = JointScene(family, references=((6, 9), (4, 4)))
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+
+
+def test_a_mask_of_the_text_is_heard() -> None:
+    scene = JointScene("qwen_image", masked=3)
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+
+
+def test_a_noise_mask_with_a_frame() -> None:
+    scene = JointScene("qwen_image", hole=two_holes()[:1])
+    assert scene.mask is None
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_a_prompt_for_a_part_of_the_picture(family: str) -> None:
+    """What the rest of the picture's hole is like doesn't matter to a prompt of a part."""
+    scene = JointScene(family)
+    scene.positive[0][1]["area"] = (8, 8, 2, 4)
+    other = scene.hole.clone()
+    other[..., 12:] = 1.0 - other[..., 12:]
+    found = []
+    for hole in (scene.hole, other):
+        for method in (with_boundary, with_painta):
+            picture = scene.host(method(scene, mask=hole), cfg=1.0, steps=1, noise_mask=None, negative=scene.positive)
+            found.append(picture[..., 2:10, 4:12])
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.equal(found[0], found[1])
+
+
+def barely_a_hole(scene: JointScene) -> torch.Tensor:
+    """A hole of one pixel, by which no token is all hole: everything is known."""
+    mask = torch.zeros(1, 1, *(8 * side for side in scene.hole.shape[-2:]))
+    mask[..., 41, 41] = 1.0
+    return mask
+
+
+@pytest.mark.quick
+@families
+def test_where_all_is_known_another_prompt_changes_nothing(family: str) -> None:
+    scene = JointScene(family)
+    model = with_boundary(scene, mask=barely_a_hole(scene))
+    (text, options), (_, own) = transformer_conditioning(family, 7, 9)[0], scene.positive[0]
+    other = [[text, {**options, "pooled_output": own["pooled_output"]}]]
+    assert not torch.equal(scene.host(positive=other), scene.host())
+    assert torch.equal(scene.host(model, positive=other), scene.host(model))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "sd3", "hidream"])
+@pytest.mark.parametrize("method", [with_boundary, with_painta])
+def test_strength_0_and_an_empty_mask_are_no_node(family: str, method: Callable[..., Any]) -> None:
+    scene = JointScene(family)
+    plain = scene.host()
+    assert torch.equal(scene.host(method(scene, strength=0.0)), plain)
+    assert torch.equal(scene.host(method(scene, mask=torch.zeros(8, 8))), plain)
+    assert torch.equal(scene.host(method(scene, method(scene), strength=0.0)), plain)
+
+
+@pytest.mark.quick
+def test_nothing_stays_behind_and_a_run_repeats() -> None:
+    scene = JointScene("flux")
+    plain, model = scene.host(), with_boundary(scene, with_painta(scene))
+    first = scene.host(model)
+    assert torch.equal(scene.host(model), first)
+    assert torch.equal(scene.host(), plain)
+
+
+class Recorded:
+    """An attention override of another pack, which ignores masks as fast kernels do."""
+
+    def __init__(self) -> None:
+        self.queries: list[int] = []
+
+    def __call__(self, chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.queries.append(args[0].shape[-2])
+        kwargs.pop("mask", None)
+        return chosen(*args[:4], **kwargs)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_another_packs_attention_does_the_work(family: str) -> None:
+    scene = JointScene(family)
+    fast = scene.patcher.clone()
+    recorded = Recorded()
+    fast.model_options["transformer_options"]["optimized_attention_override"] = recorded
+    assert torch.equal(scene.host(fast), scene.host())
+    recorded.queries.clear()
+    ours = scene.host(with_boundary(scene, with_painta(scene, fast)))
+    assert relative_error(ours, scene.literal(painta=1.0, boundary=1.0)) < TOLERANCE
+    # All queries at once, as ever, and those that see something else.
+    assert max(recorded.queries) == 9 + 42 and min(recorded.queries) < 42
+
+
+@pytest.mark.quick
+def test_a_pack_that_changes_the_number_of_tokens_gets_a_sentence() -> None:
+    scene = JointScene("flux")
+
+    def merged(given: dict[str, Any]) -> dict[str, Any]:
+        return {**given, "img": given["img"][:, ::2], "img_ids": given["img_ids"][:, ::2]}
+
+    model = with_boundary(scene)
+    model.set_model_post_input_patch(merged)
+    with pytest.raises(ValueError, match=r"Semantic Boundary expected 51 tokens .* found 30: another node merges"):
+        scene.host(model)
+
+
+@pytest.mark.quick
+def test_painta_needs_to_know_the_words() -> None:
+    scene = JointScene("z_image")
+    del scene.positive[0][1][TOKENS_KEY]
+    assert relative_error(scene.host(with_boundary(scene)), scene.literal(boundary=1.0)) < TOLERANCE
+    with pytest.raises(ValueError, match=r"Encode Prompt.*in the place of CLIP Text Encode"):
+        scene.host(with_painta(scene))
+
+
+@pytest.mark.quick
+def test_a_prompt_that_says_nothing_weakens_nothing() -> None:
+    scene = JointScene("flux")
+    scene.positive[0][1][TOKENS_KEY] = torch.zeros(1, 9, dtype=torch.long)
+    assert relative_error(scene.host(with_painta(scene)), scene.host()) < TOLERANCE
+
+
+@pytest.mark.quick
+def test_models_and_inputs_that_are_not_known_get_a_sentence() -> None:
+    scene = JointScene("z_image")
+    scene.positive[0][1]["reference_latents"] = [scene.latent[:1]]
+    with pytest.raises(ValueError, match=r"where Z-Image puts the tokens of reference pictures: take Reference Latent"):
+        scene.host(with_boundary(scene))
+    other = scene.patcher.clone()
+    other.model = torch.nn.Module()
+    other.model.diffusion_model = torch.nn.Linear(1, 1)
+    for method in (with_boundary, with_painta):
+        with pytest.raises(ValueError, match=r"SD1\.5, SD2 and SDXL, and on Flux, .* class Linear\. Load one of those"):
+            method(scene, other)
+    with pytest.raises(ValueError, match=r"RASG works on SD1\.5, SD2 and SDXL"):
+        sampling_run.with_method(scene.patcher, RASG())
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(family: str, dtype: torch.dtype) -> None:
+    exact, scene = JointScene(family), JointScene(family)
+    scene.patcher = small_transformer(family, dtype=dtype)
+    expected, rounded = (of.host(with_boundary(of, with_painta(of)), steps=1) for of in (exact, scene))
+    hosts_own = relative_error(scene.host(steps=1), exact.host(steps=1))
+    assert relative_error(rounded, expected) < 5 * hosts_own
