@@ -1,9 +1,10 @@
-"""Noise as SD1.5 adds it, the loss on it, and a sampler to look at a model with."""
+"""Noise as SD1.5 and as flow models add it, the loss on it, and samplers to look at a model with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 from comfy.model_sampling import ModelSamplingDiscrete
@@ -46,6 +47,33 @@ def noise_loss(
     error = error.mean(dim=(1, 2, 3))
     snr = share / (1 - share)
     return (error * (snr.clamp(max=_SNR_LIMIT) / snr)).mean()
+
+
+def flow_loss(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], latents: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The error of a predicted flow, from the picture to the noise, at noise levels whose logit is normal.
+
+    As in Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis". `predict` maps noisy latents
+    [B, 4, H, W] and noise levels [B] in (0, 1) to the flow; the rest is as for `noise_loss`.
+    """
+    count = len(latents)
+    parts = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    levels = torch.special.ndtri(parts.double().clamp(1e-6, 1 - 1e-6)).float().sigmoid().to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    at = levels[:, None, None, None]
+    return (predict((1 - at) * latents + at * noise, levels).float() - (noise - latents)).square().mean()
+
+
+@torch.no_grad()
+def flow_euler(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], noise: torch.Tensor, steps: int = 30
+) -> torch.Tensor:
+    """Latents [B, 4, H, W] from noise of the same shape, by Euler's steps; `predict` as in `flow_loss`."""
+    x = noise
+    for level, following in pairwise(torch.linspace(1.0, 0.0, steps + 1, device=noise.device)):
+        x = x + (following - level) * predict(x, level.expand(len(x)).to(x)).float()
+    return x
 
 
 @torch.no_grad()

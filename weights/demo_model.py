@@ -97,8 +97,12 @@ def read_file(name: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
 
 def host_unet(state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
     """The host's MODEL from a UNet file's state dict. Raises RuntimeError where a key is missing or of another shape."""
+    return host_model(_model_config(state[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[1]), state)
+
+
+def host_model(config: Any, state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
+    """The host's MODEL of one of its configurations with the weights of a state dict."""
     device = comfy.model_management.get_torch_device()
-    config = _model_config(state[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[1])
     parameters = comfy.utils.calculate_parameters(state, UNET_PREFIX)
     supported = list(config.supported_inference_dtypes)
     dtype = comfy.model_management.unet_dtype(

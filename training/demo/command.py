@@ -3,6 +3,7 @@
     vae          the autoencoder
     text2image   the 4-channel UNet and the text encoder (encodes the world with the VAE first)
     inpaint      the 9-channel UNet, from text2image
+    dit          a diffusion transformer, Flux's in small, with text2image's text encoder
     classifier   shape, colour and pattern of an object, for the benchmark
     segmenter    a small Segment Anything of the world
     subject-vision    what sees subjects: CLIP's vision model in small
@@ -35,6 +36,7 @@ DEFAULTS = {
     "vae": Settings(steps=6_000, batch=8, learning_rate=1e-3),
     "text2image": Settings(steps=15_000, batch=16, learning_rate=1e-3),
     "inpaint": Settings(steps=4_500, batch=16, learning_rate=5e-4),
+    "dit": Settings(steps=12_000, batch=16, learning_rate=1e-3),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
     "segmenter": Settings(steps=8_000, batch=4, learning_rate=5e-4),
     "subject-vision": Settings(steps=1_400, batch=48, learning_rate=1e-3),

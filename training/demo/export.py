@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ...weights.demo_dit import FILE as DIT_FILE
 from ...weights.demo_model import FILES, LATENT_SCALE, SEGMENTER_FILE, TEXT_PREFIX, TOKEN_IDS, UNET_PREFIX
 from ...weights.demo_subject import FILE as SUBJECT_FILE
 from ...weights.demo_subject import LIKENESS_FILE, REFERENCE_FILE
@@ -38,7 +39,7 @@ def write_vae(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def write_unet(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write a UNet's weights under the names of an SD1.5 checkpoint."""
+    """Write the weights of a UNet, or of a transformer, under the names of a checkpoint."""
     save_file(_half(state, UNET_PREFIX), path)
 
 
@@ -80,6 +81,7 @@ def export(runs: Path, out: Path) -> list[Path]:
         "subject": SUBJECT_FILE,
         "reference": REFERENCE_FILE,
         "branch": BRANCH_FILE,
+        "dit": DIT_FILE,
     }.items():
         needed = _STAGES.get(name, (name,))
         if not all((runs / stage / "checkpoint.pt").is_file() for stage in needed):
@@ -100,7 +102,7 @@ def export(runs: Path, out: Path) -> list[Path]:
         elif name in ("classifier", "segmenter", "likeness"):
             save_file(_half(averaged_weights(stage, name)), path)
         else:
-            write_unet(averaged_weights(stage, "unet"), path)
+            write_unet(averaged_weights(stage, "network" if name == "dit" else "unet"), path)
         written.append(path)
         for stage in (runs / which for which in needed):
             stages[stage.name] = _record(stage)

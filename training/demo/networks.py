@@ -26,6 +26,11 @@ def plain_attention(
     On a CPU the derivative of torch's fused attention takes several times as long as this for maps of 16x16.
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return _attend(q, k, v, mask)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The same of [B, heads, N, C]."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -33,13 +38,20 @@ def plain_attention(
 
 
 def _plain_override(
-    host_attention: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, **_: Any
+    host_attention: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    heads: int,
+    mask: Any = None,
+    skip_reshape: bool = False,
+    **_: Any,
 ) -> torch.Tensor:
-    return plain_attention(q, k, v, heads)
+    return _attend(q, k, v) if skip_reshape else plain_attention(q, k, v, heads)
 
 
 def attention_options(device: torch.device) -> dict[str, Any]:
-    """The host's options for a call of a UNet that is trained: on a CPU `plain_attention` takes the place of the host's."""
+    """The host's options for a call of a network that is trained: on a CPU `plain_attention` takes the place of the host's."""
     return {"optimized_attention_override": _plain_override} if device.type == "cpu" else {}
 
 
@@ -52,9 +64,12 @@ def initialise(module: nn.Module, seed: int) -> None:
     """Fill a host network, which leaves its weights as they lay in memory, as torch would; on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     for name, child in module.named_modules():
-        if isinstance(child, nn.GroupNorm | nn.LayerNorm):
-            nn.init.ones_(child.weight)
-            nn.init.zeros_(child.bias)
+        if isinstance(child, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+            if child.weight is not None:
+                nn.init.ones_(child.weight)
+            bias = getattr(child, "bias", None)
+            if isinstance(bias, torch.Tensor):
+                nn.init.zeros_(bias)
         elif isinstance(child, nn.Embedding):
             nn.init.normal_(child.weight, std=0.02, generator=generator)
         elif isinstance(child, nn.Linear | nn.Conv2d):

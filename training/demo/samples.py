@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from PIL import Image, ImageDraw
 
-from ..diffusion import ddim, guided
+from ..diffusion import ddim, flow_euler, guided
 from ..world.scenes import make_scene
 from ..world.triplets import make_triplet
+from .dit import predict_flow
 from .latents import GRID, as_pixels, latent_hole, with_hole
 from .narrow_taesd import NarrowTAESD
 from .networks import TextEncoder, predict_noise
@@ -60,7 +62,7 @@ def vae_grid(vae: NarrowTAESD, device: torch.device, count: int = 5) -> Image.Im
 
 @torch.no_grad()
 def sample(
-    unet: UNetModel,
+    network: UNetModel | Flux,
     text: TextEncoder,
     vocabulary: Vocabulary,
     captions: Sequence[str],
@@ -83,16 +85,19 @@ def sample(
         extra = None if known is None else known[first : first + _AT_ONCE].to(device).repeat(2, 1, 1, 1)
 
         def predict(x: torch.Tensor, times: torch.Tensor, context: torch.Tensor, extra=extra) -> torch.Tensor:
-            return predict_noise(unet, x if extra is None else torch.cat([x, extra], dim=1), times, context)
+            if isinstance(network, Flux):
+                return predict_flow(network, x, times, context)
+            return predict_noise(network, x if extra is None else torch.cat([x, extra], dim=1), times, context)
 
+        solve = flow_euler if isinstance(network, Flux) else ddim
         with torch.autocast(device.type, torch.bfloat16):
-            parts.append(ddim(guided(predict, text(rows), empty, scale), noise[first : first + _AT_ONCE], steps))
+            parts.append(solve(guided(predict, text(rows), empty, scale), noise[first : first + _AT_ONCE], steps))
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def text2image_grid(
-    unet: UNetModel,
+    network: UNetModel | Flux,
     text: TextEncoder,
     vae: NarrowTAESD,
     vocabulary: Vocabulary,
@@ -103,7 +108,7 @@ def text2image_grid(
 ) -> Image.Image:
     """Pictures for captions of the development split."""
     captions = [make_scene("dev", index).global_caption for index in range(columns * rows)]
-    made = vae.decode(sample(unet, text, vocabulary, captions, device, steps=steps))
+    made = vae.decode(sample(network, text, vocabulary, captions, device, steps=steps))
     pictures = [as_picture(pixels) for pixels in made]
     starts = range(0, len(captions), columns)
     return grid([pictures[i : i + columns] for i in starts], [captions[i : i + columns] for i in starts])

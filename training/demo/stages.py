@@ -19,11 +19,13 @@ from ..painternet.stages import branch_task
 from . import export as exporting
 from . import samples as grids
 from .classifier import ClassifierTask
+from .dit import DitTask, new_dit
 from .inpaint import InpaintTask
 from .latents import load_latents
 from .narrow_taesd import NarrowTAESD
 from .networks import TextEncoder, new_unet
 from .segmenter import SegmenterTask
+from .shipped import shipped_text, shipped_vae
 from .text2image import TextToImageTask
 from .vae import VaeTask
 from .vocabulary import world_vocabulary
@@ -118,7 +120,7 @@ def make_task(
             options.stage, options.runs, options.regions, options.folder, settings.seed, device, stop, reporter
         )
     holes = options.stage == "inpaint"
-    vae = trained_vae(options.runs, device)
+    vae = shipped_vae().to(device) if options.stage == "dit" else trained_vae(options.runs, device)
     sets = []
     for split, count in (("dev", DEV_SCENES), ("train", options.scenes)):
         latents = load_latents(options.runs / "latents", vae, split, count, holes, device, stop, reporter(split))
@@ -127,6 +129,8 @@ def make_task(
         sets.append(latents)
     dev, train = sets
     vocabulary = world_vocabulary()
+    if options.stage == "dit":
+        return DitTask(train, dev, vocabulary, shipped_text(), settings.seed)
     if not holes:
         return TextToImageTask(train, dev, vocabulary, settings.seed)
     before = options.runs / "text2image"
@@ -180,6 +184,11 @@ def samples(options: argparse.Namespace, device: torch.device) -> int:
                     unet = new_unet(channels, seed=0)
                     unet.load_state_dict(averaged_weights(options.runs / name, "unet"))
                     pictures[name] = draw(unet.to(device), text, vae, vocabulary, device)
+    if (options.runs / "dit" / "checkpoint.pt").is_file():
+        dit = new_dit(seed=0)
+        dit.load_state_dict(averaged_weights(options.runs / "dit", "network"))
+        beside = shipped_text().to(device), shipped_vae().to(device)
+        pictures["dit"] = grids.text2image_grid(dit.to(device), *beside, vocabulary, device)
     for name, picture in pictures.items():
         picture.save(out / f"{name}.png", optimize=True)
         print(out / f"{name}.png")

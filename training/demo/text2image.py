@@ -36,10 +36,10 @@ _UNKNOWN_SHARE = 0.01
 
 _CELLS = 16
 _COLOURS = tuple(COLOURS)
-_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(PATTERNS) + 1, len(BACKGROUNDS))
+LABEL_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(PATTERNS) + 1, len(BACKGROUNDS))
 # The last block at latent / 2 that the way up does not enlarge.
 _FEATURES, _WIDTH = 2, 128
-_LABEL_WEIGHT = 0.1
+LABEL_WEIGHT = 0.1
 
 
 class CaptionedTask(Task):
@@ -99,10 +99,10 @@ def cell_labels(indices: Iterable[int], split: str = "train") -> torch.Tensor:
     """
     labels = []
     for index in indices:
-        row = np.empty((len(_CLASSES), _CELLS, _CELLS), dtype=np.int64)
+        row = np.empty((len(LABEL_CLASSES), _CELLS, _CELLS), dtype=np.int64)
         layout = plan_scene(split, int(index))
         cells = object_cells(layout, _CELLS)
-        none = [classes - 1 for classes in _CLASSES[:3]]
+        none = [classes - 1 for classes in LABEL_CLASSES[:3]]
         named = [(SHAPES.index(o.shape), _COLOURS.index(o.colour), PATTERNS.index(o.pattern)) for o in layout.objects]
         row[:3] = np.moveaxis(np.asarray([none, *named])[cells], -1, 0)
         row[3] = BACKGROUNDS.index(layout.background)
@@ -115,11 +115,11 @@ def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
     `logits` is [B, classes, h, w] for all labels in turn; `labels` [B, 4, h, w].
     """
-    there = (labels[:, 0] != _CLASSES[0] - 1).float()
+    there = (labels[:, 0] != LABEL_CLASSES[0] - 1).float()
     weight = there / there.sum().clamp(min=1.0) + (1.0 - there) / (1.0 - there).sum().clamp(min=1.0)
     errors = [
         F.cross_entropy(part, labels[:, place], reduction="none")
-        for place, part in enumerate(logits.float().split(_CLASSES, dim=1))
+        for place, part in enumerate(logits.float().split(LABEL_CLASSES, dim=1))
     ]
     return 0.5 * (torch.stack(errors).mean(dim=0) * weight).sum()
 
@@ -135,7 +135,7 @@ class TextToImageTask(CaptionedTask):
         layers = list(self.unet.output_blocks[_FEATURES].children())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 2)
-            self._labels = nn.Conv2d(_WIDTH, sum(_CLASSES), 1)
+            self._labels = nn.Conv2d(_WIDTH, sum(LABEL_CLASSES), 1)
         # The host calls the layers of a block one by one.
         layers[-1].register_forward_hook(self._keep_features)
         self.networks = nn.ModuleDict({"unet": self.unet, "text": self.text, "labels": self._labels})
@@ -150,4 +150,4 @@ class TextToImageTask(CaptionedTask):
         context = self.text(batch["rows"])
         noise = noise_loss(lambda x, times: predict_noise(self.unet, x, times, context), batch["latents"], generator)
         labels = label_loss(self._labels(self._features), batch["labels"])
-        return {"loss": noise + _LABEL_WEIGHT * labels, "noise": noise, "labels": labels}
+        return {"loss": noise + LABEL_WEIGHT * labels, "noise": noise, "labels": labels}
