@@ -149,7 +149,7 @@ class _EditedAttention:
         if not acting:
             return attend(*args, **kwargs)
         if tuple(acting) not in self._classes:
-            self._classes[tuple(acting)] = _query_classes([self._edits[i] for i in acting], k.shape[tokens])
+            self._classes[tuple(acting)] = _query_classes([self._edits[i] for i in acting], k.shape[tokens], q.device)
         classes = self._classes[tuple(acting)]
         scales = self._scales(classes, q, k, number, given)
         return self._attend(attend, classes, scales, (q, k, v), given)
@@ -216,8 +216,7 @@ class _EditedAttention:
         for one in classes:
             if self._earlier is not None and not one.edits:
                 continue
-            rows = one.rows if isinstance(one.rows, slice) else one.rows.to(q.device)
-            queries = one.queries.to(q.device)
+            rows, queries = one.rows, one.queries
             keys = k[rows]
             for edit, _ in one.edits:
                 if id(edit) in scales:
@@ -250,7 +249,6 @@ class _EditedAttention:
         for edit, kept in one.edits:
             if kept is None:
                 continue
-            kept = kept.to(q.device)
             cut = _cut_mask(mask, slice(None), None, kept)
             without = attend(q, k.index_select(-2, kept), v.index_select(-2, kept), heads, mask=cut, **rest)
             if edit.strength < 1:
@@ -260,7 +258,7 @@ class _EditedAttention:
         return attend(q, k, v, heads, mask=mask, **rest) if out is None else out
 
 
-def _query_classes(edits: Sequence[JointEdit], keys: int) -> list[_QueryClass]:
+def _query_classes(edits: Sequence[JointEdit], keys: int, device: torch.device) -> list[_QueryClass]:
     code = sum(edit.queries.int() << i for i, edit in enumerate(edits))
     assert isinstance(code, torch.Tensor)
     parts = [code, *(edit.left_out.int() for edit in edits if edit.left_out is not None)]
@@ -270,10 +268,12 @@ def _query_classes(edits: Sequence[JointEdit], keys: int) -> list[_QueryClass]:
     classes = []
     for rows in rows_of.values():
         for value in code[rows[0]].unique().tolist():
-            queries = (code[rows[0]] == value).nonzero()[:, 0]
+            queries = (code[rows[0]] == value).nonzero()[:, 0].to(device)
             active = [edit for i, edit in enumerate(edits) if value >> i & 1]
-            kept = [None if edit.left_out is None else _kept(edit.left_out[rows[0]], keys) for edit in active]
-            numbers = slice(None) if len(rows) == len(code) else torch.tensor(rows)
+            kept = [
+                None if edit.left_out is None else _kept(edit.left_out[rows[0]], keys).to(device) for edit in active
+            ]
+            numbers = slice(None) if len(rows) == len(code) else torch.tensor(rows, device=device)
             classes.append(_QueryClass(numbers, queries, tuple(zip(active, kept, strict=True))))
     return classes
 

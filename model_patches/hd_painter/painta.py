@@ -118,7 +118,7 @@ class PAIntARun(MethodRun):
         hole = self.hole.cpu()
         cells = torch.cat([hole_cells(layout.whole(prompt.cut(hole)), layout.grid) for prompt in call.rows]).flatten(1)
         acts = cells.any(dim=1) & ~cells.all(dim=1)
-        is_known = layout.placed(~cells)
+        is_known = {torch.device("cpu"): layout.placed(~cells)}
         for prompt in call.rows:
             if prompt.conditional and not prompt.tokens.are_known:
                 raise ValueError(
@@ -135,7 +135,9 @@ class PAIntARun(MethodRun):
 
             c = self.of_rows(attention.number, call.rows, relevance, cells.shape[1], attention.q.device)
             weakened = 1.0 - self.settings.strength * (1.0 - c)
-            return torch.where(is_known.to(c.device), layout.placed(weakened), 1.0)
+            if c.device not in is_known:
+                is_known[c.device] = layout.placed(~cells).to(c.device)
+            return torch.where(is_known[c.device], layout.placed(weakened), 1.0)
 
         return JointEdit(queries=layout.placed(cells & acts[:, None]), layers=self.settings.layers, key_scale=scale)
 

@@ -96,6 +96,32 @@ def test_a_mask_of_the_text_is_heard() -> None:
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
 
 
+def test_a_mask_of_queries_and_keys_is_heard() -> None:
+    """As Flux's style models give one, for a picture of 3 x 4 tokens."""
+    scene = JointScene("flux")
+    weights = torch.randn(1, 9 + 12, 9 + 12, generator=torch.Generator().manual_seed(8))
+    for side in (scene.positive, scene.negative):
+        side[0][1] |= {"attention_mask": weights, "attention_mask_img_shape": (3, 4)}
+    unmasked = JointScene("flux").host()
+    assert relative_error(scene.host(), unmasked) > 1e-2
+    assert scene.error(with_boundary(scene), boundary=1.0) < TOLERANCE
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+def test_beside_differential_diffusion(family: str) -> None:
+    from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+
+    def differential(model: Any) -> Any:
+        return DifferentialDiffusion.execute(model, strength=1.0).result[0]
+
+    scene = JointScene(family, hole=two_holes()[:1])
+    plain = scene.host(differential(scene.patcher))
+    one, other = with_boundary(scene, differential(scene.patcher)), differential(with_boundary(scene))
+    assert torch.equal(scene.host(one), scene.host(other))
+    assert relative_error(scene.host(one), plain) > 1e-3
+
+
 def test_a_noise_mask_with_a_frame() -> None:
     scene = JointScene("qwen_image", hole=two_holes()[:1])
     assert scene.mask is None
