@@ -32,6 +32,10 @@ LOADERS = {
     "ControlNetLoader": "controlnet",
     "LoraLoader": "loras",
     "CLIPVisionLoader": "clip_vision",
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "DualCLIPLoader": "text_encoders",
+    "VAELoader": "vae",
     "TrueFillLoadSubjectAdapter": "ipadapter",
 }
 SHIPPED = "demo"
@@ -82,17 +86,18 @@ def test_graph_is_flat_and_in_the_format_that_every_editor_reads(name: str) -> N
 
 
 @pytest.mark.parametrize("name", GRAPHS)
-def test_every_loader_links_the_file_that_it_names(name: str) -> None:
+def test_every_loader_links_the_files_that_it_names(name: str) -> None:
     nodes = editor_graph(name)["nodes"]
     loaders = [node for node in nodes if "Loader" in node["type"] or node["type"] in LOADERS]
     loaders = [node for node in loaders if node["widgets_values"][0] != SHIPPED]
     assert bool(loaders) == (name not in WITHOUT_DOWNLOADS)
     for node in loaders:
-        (model,) = node["properties"]["models"]
-        assert model["name"] == node["widgets_values"][0]
-        assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
-        assert model["name"].endswith((".safetensors", ".pth"))
-        assert model["directory"] == LOADERS[node["type"]]
+        models = node["properties"]["models"]
+        assert [model["name"] for model in models] == node["widgets_values"][: 2 if "Dual" in node["type"] else 1]
+        for model in models:
+            assert model["url"].startswith("https://") and model["url"].endswith(f"/{model['name']}")
+            assert model["name"].endswith((".safetensors", ".pth"))
+            assert model["directory"] == LOADERS[node["type"]]
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -121,11 +126,12 @@ def test_links_agree_with_the_templates_of_the_host() -> None:
             for item in value.values():
                 collect(item)
 
-    for path in templates.glob("sd*.json"):
-        collect(json.loads(path.read_text(encoding="utf-8")))
+    for kind in ("sd*", "flux*", "image_qwen_image*", "image_z_image*"):
+        for path in templates.glob(f"{kind}.json"):
+            collect(json.loads(path.read_text(encoding="utf-8")))
     ours = {model["name"]: model["url"] for name in GRAPHS for model in linked_models(editor_graph(name))}
     shared = ours.keys() & known.keys()
-    assert "sd_xl_base_1.0.safetensors" in shared
+    assert {"sd_xl_base_1.0.safetensors", "flux1-dev.safetensors", "z_image_turbo_bf16.safetensors"} <= shared
     for model in shared:
         assert ours[model] in known[model]
 

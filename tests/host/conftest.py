@@ -12,7 +12,7 @@ from devtools.client import Client
 from devtools.pack import host_path
 from devtools.server import Server
 from truefill_testing.checkpoints import FAMILIES, checkpoint, models_folder
-from truefill_testing.stand_ins import SMALL_CLIP_H, SMALL_SAM3
+from truefill_testing.stand_ins import SMALL_CLIP_H, SMALL_SAM3, SMALL_TRANSFORMERS
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,7 @@ def comfyui() -> Iterator[Server]:
         host_path(),
         Path(sys.executable),
         pack_folder="ComfyUI-TrueFill main (1)",
-        beside=[SMALL_CLIP_H, SMALL_SAM3],
+        beside=[SMALL_CLIP_H, SMALL_SAM3, SMALL_TRANSFORMERS],
         models=[models_folder()],
         log_name="test-server",
     ) as server:

@@ -32,6 +32,19 @@ SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
 """A pack for the server: without it the host would wait for layers that the file does not have."""
 SMALL_CLIP_H = ROOT / "tests" / "support" / "small_clip_h"
 """Likewise."""
+SMALL_TRANSFORMERS = ROOT / "tests" / "support" / "small_transformers"
+"""Likewise, for files that are empty."""
+EMPTY = (
+    "diffusion_models/flux1-fill-dev.safetensors",
+    "diffusion_models/flux1-dev.safetensors",
+    "diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
+    "diffusion_models/z_image_turbo_bf16.safetensors",
+    "text_encoders/clip_l.safetensors",
+    "text_encoders/t5xxl_fp16.safetensors",
+    "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
+    "text_encoders/qwen_3_4b.safetensors",
+)
+"""What that pack makes a small network of."""
 
 
 def _write_detector(path: Path) -> None:
@@ -111,7 +124,44 @@ def _write_powerpaints_encoder(path: Path) -> None:
     write_task_encoder(path)
 
 
+def _write_vae(path: Path) -> None:
+    """An autoencoder with 16 channels in TAESD's format, which is the host's smallest."""
+    ensure_host()
+    from comfy.taesd.taesd import TAESD
+
+    _write_random(TAESD(latent_channels=16), path)
+
+
+def _write_wan_vae(path: Path) -> None:
+    """Qwen-Image's autoencoder with few channels."""
+    ensure_host()
+    from comfy.ldm.wan.vae import WanVAE
+
+    plan = {
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_scales": [],
+        "temperal_downsample": [False, True, True],
+    }
+    _write_random(WanVAE(dim=8, z_dim=16, **plan), path)
+
+
+def _write_random(network: torch.nn.Module, path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if "gamma" in name or name == "vae_scale":
+            tensor.fill_(1.0)
+        elif tensor.ndim > 1:
+            tensor.uniform_(-1.0, 1.0, generator=generator).mul_(tensor[0].numel() ** -0.5)
+        else:
+            tensor.zero_()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
 _WRITTEN = {
+    "vae/ae.safetensors": _write_vae,
+    "vae/qwen_image_vae.safetensors": _write_wan_vae,
     "inpaint/brushnet_random_mask_fp16.safetensors": _write_branch_sd15,
     "inpaint/brushnet_random_mask_sdxl.safetensors": _write_branch_sdxl,
     "inpaint/diffusion_pytorch_model.safetensors": _write_powerpaint,
@@ -129,7 +179,7 @@ _WRITTEN = {
 
 def place_names(models: Path) -> None:
     """Put empty files into a folder laid out like ComfyUI's `models`, for graphs that are looked at and not run."""
-    for name in (*(f"checkpoints/{file}" for file in CHECKPOINTS), *_WRITTEN):
+    for name in (*(f"checkpoints/{file}" for file in CHECKPOINTS), *_WRITTEN, *EMPTY):
         (models / name).parent.mkdir(parents=True, exist_ok=True)
         (models / name).touch()
 
@@ -145,4 +195,8 @@ def place_stand_ins(models: Path) -> list[Path]:
         placed.append(models / name)
         placed[-1].parent.mkdir(parents=True, exist_ok=True)
         write(placed[-1])
+    for name in EMPTY:
+        placed.append(models / name)
+        placed[-1].parent.mkdir(parents=True, exist_ok=True)
+        placed[-1].touch()
     return placed

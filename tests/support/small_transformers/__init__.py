@@ -1,0 +1,75 @@
+"""A pack for tests: where a transformer's or its text encoder's file is empty, the host loads a small one of the family."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import comfy.sd
+import comfy.text_encoders.flux
+import comfy.text_encoders.qwen_image
+import comfy.text_encoders.z_image
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+# Test support makes the host importable, which it is here.
+sys.modules["devtools"], sys.modules["devtools.pack"] = ModuleType("devtools"), ModuleType("devtools.pack")
+sys.modules["devtools.pack"].__dict__["ensure_host"] = lambda: None
+
+TRANSFORMERS = {
+    "flux1-fill-dev.safetensors": "flux_fill",
+    "flux1-dev.safetensors": "flux",
+    "qwen_image_fp8_e4m3fn.safetensors": "qwen_image",
+    "z_image_turbo_bf16.safetensors": "z_image",
+}
+TEXT_ENCODERS = {
+    "clip_l.safetensors": ("flux", comfy.text_encoders.flux.FluxTokenizer),
+    "qwen_2.5_vl_7b_fp8_scaled.safetensors": ("qwen_image", comfy.text_encoders.qwen_image.QwenImageTokenizer),
+    "qwen_3_4b.safetensors": ("z_image", comfy.text_encoders.z_image.ZImageTokenizer),
+}
+_LOAD_MODEL, _LOAD_CLIP = comfy.sd.load_diffusion_model, comfy.sd.load_clip
+
+
+class SmallClip:
+    """The host's CLIP interface: the family's tokenizer, and a random embedding for each token."""
+
+    def __init__(self, family: str, tokenizer: Any) -> None:
+        self._family, self._tokenizer = family, tokenizer()
+
+    def tokenize(self, text: str, return_word_ids: bool = False, **kwargs: Any) -> dict[str, Any]:
+        return self._tokenizer.tokenize_with_weights(text, return_word_ids, **kwargs)
+
+    def encode_from_tokens_scheduled(self, tokens: dict[str, Any], add_dict: dict[str, Any] | None = None) -> list:
+        from truefill_testing.small_transformers import transformer_conditioning
+
+        rows = [token[0] for chunk in list(tokens.values())[-1] for token in chunk]
+        ((_, options),) = transformer_conditioning(self._family, 1, len(rows))
+        ((table, _),) = transformer_conditioning(self._family, 2, 1000)
+        text = table[:, torch.tensor(rows) % 1000]
+        return [[text, {**options, **(add_dict or {})}]]
+
+
+@functools.wraps(_LOAD_MODEL)
+def _load_model(unet_path: str, *args: Any, **kwargs: Any) -> Any:
+    path = Path(unet_path)
+    if path.stat().st_size:
+        return _LOAD_MODEL(unet_path, *args, **kwargs)
+    from truefill_testing.small_transformers import small_transformer
+
+    return small_transformer(TRANSFORMERS[path.name])
+
+
+@functools.wraps(_LOAD_CLIP)
+def _load_clip(ckpt_paths: list[str], *args: Any, **kwargs: Any) -> Any:
+    path = Path(ckpt_paths[0])
+    if path.stat().st_size:
+        return _LOAD_CLIP(ckpt_paths, *args, **kwargs)
+    return SmallClip(*TEXT_ENCODERS[path.name])
+
+
+comfy.sd.load_diffusion_model, comfy.sd.load_clip = _load_model, _load_clip
+
+NODE_CLASS_MAPPINGS = {}
