@@ -24,11 +24,9 @@ LAYERS = ("all", "alternate", "first half", "second half")
 class JointCall:
     """One call of a diffusion transformer by the host."""
 
-    network: Any
     layout: TokenLayout
     rows: tuple[PromptRows, ...]
     """What the rows are: an entry for each conditioning, each with as many rows as there are pictures."""
-    sigma: float
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -140,16 +138,15 @@ class _EditedAttention:
         if v.ndim > q.ndim:
             # SD3 splits the values into heads, and q and k not.
             v = v.flatten(2)
-        tokens = -2
         options = given.get("transformer_options") or {}
-        if not self._is_joint(q.shape[tokens], k.shape[tokens], options):
+        if not self._is_joint(q.shape[-2], k.shape[-2], options):
             return attend(*args, **kwargs)
         number = self._number(options)
         acting = [i for i, edit in enumerate(self._edits) if edit.acts_in(number, sum(self._layout.blocks))]
         if not acting:
             return attend(*args, **kwargs)
         if tuple(acting) not in self._classes:
-            self._classes[tuple(acting)] = _query_classes([self._edits[i] for i in acting], k.shape[tokens], q.device)
+            self._classes[tuple(acting)] = _query_classes([self._edits[i] for i in acting], k.shape[-2], q.device)
         classes = self._classes[tuple(acting)]
         scales = self._scales(classes, q, k, number, given)
         return self._attend(attend, classes, scales, (q, k, v), given)
@@ -171,9 +168,8 @@ class _EditedAttention:
         counted, self._seen = self._seen, self._seen + 1
         if "block_index" not in options:
             return counted
-        return options["block_index"] + (
-            self._layout.blocks[0] if options.get("block_type") == "single" and len(self._layout.blocks) > 1 else 0
-        )
+        first, *second = self._layout.blocks
+        return options["block_index"] + (first if second and options.get("block_type") == "single" else 0)
 
     def _scales(
         self,
@@ -188,10 +184,8 @@ class _EditedAttention:
         if not wanted:
             return {}
         heads = given["heads"]
-        per_head = (
-            (lambda x: x) if given.get("skip_reshape") else (lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2))
-        )
-        q, k = per_head(q), per_head(k)
+        if not given.get("skip_reshape"):
+            q, k = (of.unflatten(-1, (heads, -1)).transpose(1, 2) for of in (q, k))
         scale = given.get("scale") or q.shape[-1] ** -0.5
         attention = JointAttention(
             q=q, k=k, number=number, layout=self._layout, scale=scale, mask=_key_mask(given.get("mask"))
@@ -216,21 +210,19 @@ class _EditedAttention:
         for one in classes:
             if self._earlier is not None and not one.edits:
                 continue
-            rows, queries = one.rows, one.queries
-            keys = k[rows]
+            rows, keys = one.rows, k[one.rows]
             for edit, _ in one.edits:
                 if id(edit) in scales:
                     keys = _scaled(keys, scales[id(edit)][rows], is_split)
-            found = self._seen_by(
-                one, attend, (q[rows].index_select(-2, queries), keys, v[rows]), mask, given["heads"], rest
-            )
+            seen = (q[rows].index_select(-2, one.queries), keys, v[rows])
+            found = self._seen_by(one, attend, seen, mask, given["heads"], rest)
             if out is None:
                 out = found.new_empty(q.shape[0], *found.shape[1:-2], q.shape[-2], found.shape[-1])
             found = found.to(out.dtype)
             if isinstance(rows, slice):
-                out.index_copy_(-2, queries, found)
+                out.index_copy_(-2, one.queries, found)
             else:
-                out[rows] = out[rows].index_copy(-2, queries, found)
+                out[rows] = out[rows].index_copy(-2, one.queries, found)
         assert out is not None
         return out
 

@@ -386,7 +386,7 @@ class SamplingRun:
                 self._check_rows(x, rows)
                 who = ", ".join(self._guests)
                 layout = token_layout(network, self._latent_size_of(rows), c_crossattn, kwargs, who)
-                call = JointCall(network=network, layout=layout, rows=rows, sigma=self.sigma)
+                call = JointCall(layout=layout, rows=rows)
                 edits = [edit for method in acting if (edit := method.edit_joint(call)) is not None]
                 install(options, layout, edits, who)
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
