@@ -91,6 +91,17 @@ def test_reference_pictures_stay_free(family: str) -> None:
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("family", ["flux", "z_image"])
+def test_a_picture_without_a_hole_stays_as_it_is(family: str) -> None:
+    hole = two_holes()
+    hole[1] = 0.0
+    scene = JointScene(family, hole=hole)
+    model = with_boundary(scene, with_painta(scene))
+    assert scene.error(model, painta=1.0, boundary=1.0) < TOLERANCE
+    assert relative_error(scene.host(model)[1], scene.host()[1]) < TOLERANCE
+
+
 def test_a_mask_of_the_text_is_heard() -> None:
     scene = JointScene("qwen_image", masked=3)
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
