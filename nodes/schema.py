@@ -42,6 +42,7 @@ def layers_input() -> io.Combo.Input:
         "layers",
         options=list(LAYERS),
         default="all",
+        optional=True,
         advanced=True,
         tooltip="In which blocks of Flux, Qwen-Image, Z-Image and others without a UNet it acts. alternate: the second, the "
         "fourth and so on. SD1.5, SD2 and SDXL don't ask.",
