@@ -22,8 +22,6 @@ import comfy.text_encoders.qwen_image  # noqa: E402
 import comfy.text_encoders.sd3_clip  # noqa: E402
 import comfy.text_encoders.z_image  # noqa: E402
 
-pytestmark = pytest.mark.quick
-
 prompt_tokens = pack_module("model_patches.core.prompt_tokens")
 call_rows = pack_module("model_patches.core.call_rows")
 
@@ -108,6 +106,7 @@ def words_of(family: str, prompt: str, suffix: str = "") -> str:
     return clip.decode([whole[place][0] for place in places]).strip()
 
 
+@pytest.mark.quick
 @families
 def test_the_words_are_the_prompt(family: str) -> None:
     assert words_of(family, PROMPT) == PROMPT
