@@ -38,6 +38,7 @@ FAMILIES: dict[str, tuple[Any, str, int]] = {
     "qwen_image": (comfy.text_encoders.qwen_image.QwenImageTokenizer, "qwen25_7b", 0),
     "z_image": (comfy.text_encoders.z_image.ZImageTokenizer, "qwen3_4b", 0),
     "krea2": (comfy.text_encoders.krea2.Krea2Tokenizer, "qwen3vl_4b", 0),
+    "hidream": (comfy.text_encoders.hidream.HiDreamTokenizer, "t5xxl", 0),
 }
 
 
