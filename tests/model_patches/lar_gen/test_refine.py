@@ -51,7 +51,7 @@ def refined(model: Any, z: torch.Tensor | None = None, is_one: bool = True, **op
     [
         pytest.param("sd15", True, 1, True, {}, marks=pytest.mark.quick),
         ("sd15", False, 2, False, {}),
-        pytest.param("sd15", True, 3, True, {"strength": 0.6}, marks=pytest.mark.quick),
+        ("sd15", True, 3, True, {"strength": 0.6}),
         ("sd2", True, 1, True, {}),
         ("sdxl", False, 2, True, {}),
         ("sdxl", True, 2, False, {"strength": 0.6}),

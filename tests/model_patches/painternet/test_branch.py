@@ -42,7 +42,7 @@ def _no_leftovers():
             "sd15", False, True, {"strength": 0.8, "layer_scale": 0.5, "attention_scale": 1.2}, marks=pytest.mark.quick
         ),
         ("sd15", True, True, {}),
-        pytest.param("sd15", False, False, {"strength": 0.7}, marks=pytest.mark.quick),
+        ("sd15", False, False, {"strength": 0.7}),
         ("sd2", False, True, {}),
         ("sdxl", False, True, {"strength": 0.8, "attention_scale": 0.5}),
         ("sdxl", True, False, {}),

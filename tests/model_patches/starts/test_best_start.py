@@ -128,7 +128,7 @@ def literal_score(recorded: list[Any], picture: int, tokens: torch.Tensor, hole:
 @pytest.mark.parametrize(
     ("family", "inpainting", "masked", "grid", "factor"),
     [
-        pytest.param("sd15", True, True, "1/16", 2, marks=pytest.mark.quick),
+        ("sd15", True, True, "1/16", 2),
         ("sd15", True, False, "1/32", 4),
         ("sdxl", False, True, "1/32", 4),
         ("sd2", True, False, "1/16", 2),

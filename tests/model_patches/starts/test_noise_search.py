@@ -236,7 +236,6 @@ def test_beside_painta_the_score_is_that_of_the_model_with_it(begun: list[torch.
     assert not torch.equal(begun[-1], alone)
 
 
-@pytest.mark.quick
 def test_each_of_best_starts_candidates_is_searched(begun: list[torch.Tensor]) -> None:
     scene = Scene("sd15", True, True, torch.float32, hole=three_pictures())
     sigmas, said = scene.sigmas("simple", 3), []

@@ -114,7 +114,7 @@ def literally(
 @pytest.mark.parametrize(
     ("family", "inpainting", "v_prediction", "with_regular"),
     [
-        pytest.param("sd15", True, False, True, marks=pytest.mark.quick),
+        ("sd15", True, False, True),
         ("sd2", False, True, False),
         ("sdxl", False, False, True),
     ],
