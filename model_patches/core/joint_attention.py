@@ -1,4 +1,5 @@
-"""Edits of a diffusion transformer's joint attention, in which text and picture attend to each other in one sequence.
+"""Edits of a diffusion transformer's attention: the joint one, in which text and picture attend to each other in one sequence, or
+self-attention and cross-attention in turn.
 
 Through the host's `optimized_attention_override` alone: some queries see fewer keys, or keys with scaled scores. No N x N mask is
 made, so that memory stays linear and fast kernels, which drop masks, stay right. An override that is there already does the work.
@@ -7,7 +8,7 @@ made, so that memory stays linear and fast kernels, which drop masks, stay right
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,31 +31,31 @@ class JointCall:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class JointAttention:
-    """One joint attention: q, k and v [rows, heads, tokens, channels] as the host attends with them, behind position and norm."""
+class TextAttention:
+    """How the picture reads the text in one block: q and k as the host attends with them, behind position and norm."""
 
     q: torch.Tensor
+    """Of the image tokens, [rows, heads, height x width, channels]."""
     k: torch.Tensor
+    """Of the text, [rows, heads or a part of as many, text, channels]."""
     number: int
-    """Which of the call's joint attentions it is, from 0."""
-    layout: TokenLayout
+    """Which of the call's attentions it is used in, from 0."""
     scale: float
     """What scores are multiplied by before the softmax."""
     mask: torch.Tensor | None
-    """The host's mask of keys, bool or added to the scores, [1 or rows, 1, 1, tokens]; None where there is none, or where it says
-    more than which keys."""
+    """The host's mask of the text, bool or added to the scores, [1 or rows, 1, 1, text]; None where there is none, or where it
+    says more than which keys."""
 
-    def text_attention(self, rows: slice, tokens: torch.Tensor) -> torch.Tensor:
+    def paid_to(self, rows: slice, tokens: torch.Tensor) -> torch.Tensor:
         """The attention that each image token pays to some of the text among all of it, in [0, 1]: [rows, height x width].
 
         `tokens` bool [1 or rows, n], the first n of the text. Softmax over the text, sum over `tokens`, mean over heads.
         """
-        layout = self.layout
-        query, key = self.q[rows][:, :, layout.image], self.k[rows][:, :, layout.text]
+        query, key = self.q[rows], self.k[rows]
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         chosen = torch.zeros(len(tokens), key.shape[2], device=query.device, dtype=torch.bool)
         chosen[:, : tokens.shape[1]] = tokens
-        mask = None if self.mask is None else self.mask[rows if len(self.mask) > 1 else slice(None)][..., layout.text]
+        mask = None if self.mask is None else self.mask[rows if len(self.mask) > 1 else slice(None)]
         total = None
         for head in range(query.shape[1]):
             scores = full_precision(query[:, head]) @ full_precision(key[:, head]).transpose(-1, -2) * self.scale
@@ -77,11 +78,13 @@ class JointEdit:
     layers: str = "all"
     """One of LAYERS."""
     left_out: torch.Tensor | None = None
-    """Bool [rows, tokens], on the CPU: keys that these queries don't see."""
+    """Bool [rows, tokens], on the CPU: keys that these queries don't see. Of the text it is all or nothing; in a cross-attention
+    nothing comes instead."""
     strength: float = 1.0
     """Between what they would see (0) and what they see without the keys that are left out (1)."""
-    key_scale: Callable[[JointAttention], torch.Tensor] | None = None
-    """What their scores with each key are multiplied by, [rows, tokens]."""
+    key_scale: Callable[[TextAttention], torch.Tensor] | None = None
+    """What their scores with each key are multiplied by, [rows, tokens]; of the image alone in front of a cross-attention, by how
+    the text was read in the block before. So it does not act in the first."""
 
     def acts_in(self, number: int, blocks: int) -> bool:
         """Whether it acts in a call's joint attention of this number."""
@@ -101,7 +104,8 @@ def install(options: dict[str, Any], layout: TokenLayout, edits: Sequence[JointE
     edits = [edit for edit in edits if bool(edit.queries.any())]
     if edits:
         earlier = options.get("optimized_attention_override")
-        options["optimized_attention_override"] = _EditedAttention(layout, edits, earlier, who)
+        kind = _EditedCrossAttention if layout.crosses else _EditedAttention
+        options["optimized_attention_override"] = kind(layout, edits, earlier, who)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +146,7 @@ class _EditedAttention:
         if not self._is_joint(q.shape[-2], k.shape[-2], options):
             return attend(*args, **kwargs)
         number = self._number(options)
-        acting = [i for i, edit in enumerate(self._edits) if edit.acts_in(number, sum(self._layout.blocks))]
+        acting = self._acting(number)
         if not acting:
             return attend(*args, **kwargs)
         if tuple(acting) not in self._classes:
@@ -162,6 +166,9 @@ class _EditedAttention:
                 f"merges, cuts or adds tokens; take it or {self._who} out."
             )
         return False
+
+    def _acting(self, number: int) -> list[int]:
+        return [i for i, edit in enumerate(self._edits) if edit.acts_in(number, sum(self._layout.blocks))]
 
     def _number(self, options: Mapping[str, Any]) -> int:
         """Which joint attention of the call this is: as the model says, since others may skip blocks, else by counting."""
@@ -183,14 +190,11 @@ class _EditedAttention:
         wanted = {id(edit): edit for one in classes for edit, _ in one.edits if edit.key_scale is not None}
         if not wanted:
             return {}
-        heads = given["heads"]
-        if not given.get("skip_reshape"):
-            q, k = (of.unflatten(-1, (heads, -1)).transpose(1, 2) for of in (q, k))
-        scale = given.get("scale") or q.shape[-1] ** -0.5
-        attention = JointAttention(
-            q=q, k=k, number=number, layout=self._layout, scale=scale, mask=_key_mask(given.get("mask"))
-        )
+        attention = self._text_attention(q, k, number, given)
         return {key: edit.key_scale(attention) for key, edit in wanted.items() if edit.key_scale is not None}
+
+    def _text_attention(self, q: torch.Tensor, k: torch.Tensor, number: int, given: Mapping[str, Any]) -> TextAttention:
+        return _read_by(q, k, number, given, self._layout.image, self._layout.text)
 
     def _attend(
         self,
@@ -248,6 +252,101 @@ class _EditedAttention:
                 without = torch.lerp(out, without, edit.strength)
             out = without
         return attend(q, k, v, heads, mask=mask, **rest) if out is None else out
+
+
+class _EditedCrossAttention(_EditedAttention):
+    """The same for the length of one call where the picture reads the text in an attention behind that among its own tokens.
+
+    What is left out of the text takes its part from the cross-attention's answer, which is not normalised again: as in a UNet.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        edits: Sequence[JointEdit],
+        earlier: Callable[..., torch.Tensor] | None,
+        who: str,
+    ) -> None:
+        image = layout.image
+        pixels = image.stop - image.start
+        super().__init__(
+            replace(layout, tokens=pixels, image=slice(0, pixels), text=slice(0, 0)),
+            [_of_image(edit, image) for edit in edits if edit.key_scale is not None],
+            earlier,
+            who,
+        )
+        self._text = layout.text.stop - layout.text.start
+        self._silent = [
+            (edit, edit.queries[:, image] & edit.left_out[:, layout.text].all(dim=1, keepdim=True))
+            for edit in edits
+            if edit.left_out is not None
+        ]
+        self._block: int | None = None
+        self._last: TextAttention | None = None
+
+    def __call__(self, chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        given = dict(zip(self._NAMES, args, strict=False)) | kwargs
+        q, k = given["q"], given["k"]
+        number = self._number(given.get("transformer_options") or {})
+        if number != self._block:
+            # The first attention of each block is that among the image tokens, whatever the lengths are.
+            self._block = number
+            return super().__call__(chosen, *args, **kwargs)
+        attend = chosen if self._earlier is None else _through(self._earlier, chosen)
+        out = attend(*args, **kwargs)
+        if k.shape[-2] != self._text:
+            # Of CLIP's vision tokens, say.
+            return out
+        if self._edits:
+            self._last = _read_by(q, k, number, given, slice(None), slice(None))
+        for edit, queries in self._silent:
+            if edit.acts_in(number, sum(self._layout.blocks)):
+                kept = torch.where(queries, 1.0 - edit.strength, 1.0).to(out)[..., None]
+                out = out * (kept[:, None] if given.get("skip_output_reshape") else kept)
+        return out
+
+    def _is_joint(self, queries: int, keys: int, options: Mapping[str, Any]) -> bool:
+        if queries != self._layout.tokens:
+            raise ValueError(
+                f"{self._who} expected {self._layout.tokens} tokens of the picture and found {queries}: another node merges, "
+                f"cuts or adds tokens; take it or {self._who} out."
+            )
+        return True
+
+    def _number(self, options: Mapping[str, Any]) -> int:
+        return options["block_index"]
+
+    def _acting(self, number: int) -> list[int]:
+        return [] if self._last is None else super()._acting(number)
+
+    def _text_attention(self, q: torch.Tensor, k: torch.Tensor, number: int, given: Mapping[str, Any]) -> TextAttention:
+        assert self._last is not None
+        return replace(self._last, number=number)
+
+
+def _of_image(edit: JointEdit, image: slice) -> JointEdit:
+    """What an edit of text and picture does among the image tokens."""
+    scale = edit.key_scale
+    assert scale is not None
+    return replace(
+        edit, queries=edit.queries[:, image], left_out=None, key_scale=lambda attention: scale(attention)[:, image]
+    )
+
+
+def _read_by(
+    q: torch.Tensor, k: torch.Tensor, number: int, given: Mapping[str, Any], image: slice, text: slice
+) -> TextAttention:
+    """How the image tokens of q read the text in k, both as the host's attention function gets them."""
+    if not given.get("skip_reshape"):
+        q, k = (of.unflatten(-1, (given["heads"], -1)).transpose(1, 2) for of in (q, k))
+    mask = _key_mask(given.get("mask"))
+    return TextAttention(
+        q=q[:, :, image],
+        k=k[:, :, text],
+        number=number,
+        scale=given.get("scale") or q.shape[-1] ** -0.5,
+        mask=None if mask is None else mask[..., text],
+    )
 
 
 def _query_classes(edits: Sequence[JointEdit], keys: int, device: torch.device) -> list[_QueryClass]:

@@ -36,8 +36,12 @@ STREAMS = {
     frozenset({"l", "t5xxl"}): (("t5xxl",),),
     frozenset({"l", "g", "t5xxl"}): (("l", "g"), ("t5xxl",)),
     frozenset({"l", "g", "t5xxl", "llama"}): (("t5xxl",),),
+    frozenset({"qwen3_06b", "t5xxl"}): (("t5xxl",),),
 }
-"""Whose tokens follow each other in the embedding, by the set of a CLIP's text encoders: Flux's, SD3's and HiDream's."""
+"""Whose tokens follow each other in the context, by the set of a CLIP's text encoders: Flux's, SD3's, HiDream's and Anima's."""
+
+T5_IDS = "t5xxl_ids"
+"""Key in Anima's CONDITIONING: T5's tokens, of which the model makes the rows of its context; the embedding is Qwen3's."""
 
 _Chunks = list[list[tuple[Any, ...]]]
 
@@ -104,7 +108,7 @@ def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
         found.append(kinds)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     return [
-        [embedding, {**options, TOKENS_KEY: _of_length(found, embedding.shape[1])}]
+        [embedding, {**options, TOKENS_KEY: _of_length(found, len(options.get(T5_IDS, embedding[0])))}]
         for embedding, options in conditioning
     ]
 
@@ -227,7 +231,7 @@ def prompt_tokens(options: dict[str, Any], text: torch.Tensor) -> PromptTokens:
     known = options.get(TOKENS_KEY)
     if known is not None:
         raw = options.get("cross_attn")
-        before = 0 if raw is None or raw.shape[1] >= length else length - raw.shape[1]
+        before = 0 if raw is None or T5_IDS in options else max(length - raw.shape[1], 0)
         shared = min(length - before, known.shape[1])
         kinds[:, before : before + shared] = known[:1, :shared]
     else:

@@ -385,7 +385,7 @@ class SamplingRun:
             if rows is not None and acting:
                 self._check_rows(x, rows)
                 who = ", ".join(self._guests)
-                layout = token_layout(network, self._latent_size_of(rows), c_crossattn, kwargs, who)
+                layout = token_layout(network, x.shape[2:], c_crossattn, kwargs, who)
                 call = JointCall(layout=layout, rows=rows)
                 edits = [edit for method in acting if (edit := method.edit_joint(call)) is not None]
                 install(options, layout, edits, who)

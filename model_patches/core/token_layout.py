@@ -1,7 +1,8 @@
 """Where text and picture are in the token sequence of a diffusion transformer.
 
-These models have no UNet: text and image tokens attend to each other in one sequence, in an order of each family's own. FAMILIES
-is all that is known about them; a further family is one entry.
+These models have no UNet: in most of them text and image tokens attend to each other in one sequence, in an order of each
+family's own; in some the picture reads the text in a cross-attention. FAMILIES is all that is known about them; a further family
+is one entry.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from .unet_attention import require_unet
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
-    """The sequence of one call. What is neither text nor image (reference pictures, registers, padding) lies beside them."""
+    """The sequence of one call. What is neither text nor image (reference pictures, registers, padding) lies beside them.
 
+    Where the picture `crosses` to the text it is a sequence in thought: the image tokens attend to each other, then to the text.
+    """
+
+    crosses: bool
     tokens: int
     text: slice
     image: slice
@@ -52,9 +57,11 @@ class Family:
 
     name: str
     patch: str
-    """The network's attribute with how many latent cells a token's side has."""
+    """The network's attribute with how many latent cells a token's side has, a number or (frames, height, width)."""
     blocks: tuple[str, ...]
     """The network's lists of blocks, in the order in which they run."""
+    crosses: bool = False
+    """Whether the picture reads the text in a cross-attention of its own, behind the self-attention of each block."""
     text: Callable[[Any, torch.Tensor, Mapping[str, Any]], int] = lambda network, context, inputs: context.shape[1]
     """How many tokens the text has, from the network, its context [rows, tokens, channels] and its further inputs."""
     image_first: bool = False
@@ -75,6 +82,12 @@ def _always(_network: Any, _inputs: Mapping[str, Any]) -> bool:
 
 def _where_told(network: Any, inputs: Mapping[str, Any]) -> bool:
     return inputs.get("ref_latents_method", network.default_ref_method) is not None
+
+
+def _of_t5(_network: Any, context: torch.Tensor, inputs: Mapping[str, Any]) -> int:
+    # Outside of inference mode the network itself makes the context of T5's tokens.
+    ids = inputs.get("t5xxl_ids")
+    return context.shape[1] if ids is None else max(512, ids.shape[1])
 
 
 def _with_llama(_network: Any, context: torch.Tensor, inputs: Mapping[str, Any]) -> int:
@@ -108,6 +121,19 @@ FAMILIES: dict[tuple[str, str], Family] = {
         image_first=True,
         refused=("image_cond",),
     ),
+    ("comfy.ldm.anima.model", "Anima"): Family(
+        name="Anima", patch="patch_spatial", blocks=("blocks",), crosses=True, text=_of_t5
+    ),
+    ("comfy.ldm.cosmos.predict2", "MiniTrainDIT"): Family(
+        name="Cosmos Predict2", patch="patch_spatial", blocks=("blocks",), crosses=True
+    ),
+    ("comfy.ldm.wan.model", "WanModel"): Family(
+        name="Wan",
+        patch="patch_size",
+        blocks=("blocks",),
+        crosses=True,
+        refused=("reference_latent", "context_latents", "time_dim_concat"),
+    ),
 }
 """By the network's module and class."""
 
@@ -132,16 +158,22 @@ def require_attention(model: object, who: str) -> None:
 
 
 def token_layout(
-    network: Any, size: tuple[int, int], context: torch.Tensor, inputs: Mapping[str, Any], who: str
+    network: Any, size: Sequence[int], context: torch.Tensor, inputs: Mapping[str, Any], who: str
 ) -> TokenLayout:
-    """The layout of a call of `network` with latents of `size` (height, width).
+    """The layout of a call of `network` with latents of `size`, (height, width) or (frames, height, width).
 
     `context` [rows, tokens, channels] and `inputs` are what the network is given. Raises ValueError, which names `who`, for
-    inputs that put further tokens in places that are not known.
+    several frames, and for inputs that put further tokens in places that are not known.
     """
     family = family_of(network)
     assert family is not None, type(network)
+    if len(size) == 3 and size[0] > 1:
+        raise ValueError(
+            f"{who} works on single pictures, and these latents have {size[0]} frames: give it latents of one frame."
+        )
+    size = size[-2:]
     patch = getattr(network, family.patch)
+    patch = patch if isinstance(patch, int) else patch[-1]
     grid = _tokens_of(size, patch)
     pictures = [_tokens_of(latent.shape[-2:], patch) for latent in inputs.get("ref_latents") or ()]
     extra = [name for name in family.refused if inputs.get(name) is not None]
@@ -160,6 +192,7 @@ def token_layout(
     middle = start + first
     parts = slice(start, middle), slice(middle, middle + second)
     return TokenLayout(
+        crosses=family.crosses,
         tokens=start + text + _padded(image, multiple) + seen,
         text=parts[1] if family.image_first else parts[0],
         image=parts[0] if family.image_first else parts[1],

@@ -7,6 +7,7 @@ attention function does the work.
 
 In models without a UNet the same is done in the joint attention of text and picture, whose picture's keys alone are scaled; the
 relevance is read there as well, by a softmax over the text. Positions are in q and k as rotations, with which scaling commutes.
+Where the picture reads the text in a cross-attention the relevance is that of the block before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 
 from ...imaging.masks import hole_cells
 from ..core.call_rows import Area, Conds, PromptRows, by_role, joined
-from ..core.joint_attention import JointAttention, JointCall, JointEdit
+from ..core.joint_attention import JointCall, JointEdit, TextAttention
 from ..core.prompt_tokens import prompt_attention
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
@@ -126,10 +127,10 @@ class PAIntARun(MethodRun):
                     "Encode Prompt says so: take it in the place of CLIP Text Encode."
                 )
 
-        def scale(attention: JointAttention) -> torch.Tensor:
+        def scale(attention: TextAttention) -> torch.Tensor:
             def relevance(rows: slice, prompt: PromptRows) -> torch.Tensor:
                 words = prompt.tokens.words.to(attention.q.device)
-                c = relevance_map(attention.text_attention(rows, words), layout.grid, self.settings.smooth)
+                c = relevance_map(attention.paid_to(rows, words), layout.grid, self.settings.smooth)
                 # Nothing is beside the point of a prompt that says nothing.
                 return torch.where(words.any(dim=1, keepdim=True), c, 1.0)
 

@@ -5,9 +5,10 @@ tokens but the start of the text are set to 0 at known pixels, after the softmax
 probabilities are factors of the tokens' values, this is the host's own attention with these values at 0, taken for the known
 pixels alone.
 
-Models without a UNet have one attention for text and picture, which PILOT did not know. There known pixels attend to the picture
-and to reference pictures, and the softmax is over these alone. None of the text is left, though a template may be part of it: its
-tokens read the prompt's words from the first block on, and pass them on. So would what pads the picture: it reads no text either.
+Most models without a UNet have one attention for text and picture, which PILOT did not know. There known pixels attend to the
+picture and to reference pictures, and the softmax is over these alone. None of the text is left, though a template may be part of
+it: its tokens read the prompt's words from the first block on, and pass them on. So would what pads the picture: it reads no text
+either. Those that have a cross-attention (Anima, Wan) read T5's tokens there, which have no start: known pixels read nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..core.joint_attention import JointCall, JointEdit
 from ..core.prompt_tokens import CHUNK
 from ..core.protocol import Method, MethodRun, UNetCall
 from ..core.sampling_run import SamplingRun
-from ..core.token_layout import require_attention
+from ..core.token_layout import TokenLayout, require_attention
 from ..core.unet_attention import attention
 
 
@@ -71,10 +72,19 @@ class KnownPixels:
         key = (grid, device, areas)
         if key not in self._known:
             with torch.inference_mode(False):
-                cells = [known_cells(of_prompt.cut(self._hole), grid).flatten(1) for of_prompt in rows]
-                known = torch.cat([known & self._has_hole[:, None] for known in cells])
+                known = self._find(rows, grid, lambda plane: plane)
                 self._known[key] = known[..., None].to(device)
         return self._known[key]
+
+    def of_tokens(self, rows: Sequence[PromptRows], layout: TokenLayout) -> torch.Tensor:
+        """Bool [rows, height x width], on the CPU: the known image tokens of a call's rows."""
+        return self._find(rows, layout.grid, layout.whole).cpu()
+
+    def _find(
+        self, rows: Sequence[PromptRows], grid: tuple[int, int], completed: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        cells = [known_cells(completed(of_prompt.cut(self._hole)), grid).flatten(1) for of_prompt in rows]
+        return torch.cat([known & self._has_hole[:, None] for known in cells])
 
 
 class BoundaryRun(MethodRun):
@@ -82,7 +92,6 @@ class BoundaryRun(MethodRun):
 
     def __init__(self, settings: SemanticBoundary, hole: torch.Tensor) -> None:
         self._settings = settings
-        self._hole, self._has_hole = hole, hole.flatten(1).any(dim=1)
         self._known = KnownPixels(hole)
 
     def edit(self, call: UNetCall) -> AbstractContextManager[None]:
@@ -97,9 +106,7 @@ class BoundaryRun(MethodRun):
 
     def edit_joint(self, call: JointCall) -> JointEdit:
         layout = call.layout
-        hole, has_hole = self._hole.cpu(), self._has_hole.repeat(len(call.rows)).cpu()
-        known = torch.cat([known_cells(layout.whole(prompt.cut(hole)), layout.grid) for prompt in call.rows])
-        known = known.flatten(1) & has_hole[:, None]
+        known = self._known.of_tokens(call.rows, layout)
         queries = layout.placed(known)
         queries[:, layout.padding] = known.any(dim=1, keepdim=True)
         left_out = torch.zeros_like(queries)
