@@ -14,6 +14,8 @@ from truefill_testing.joint_scene import JointScene
 ensure_host()
 
 import comfy.sd1_clip  # noqa: E402
+import comfy.text_encoders.anima  # noqa: E402
+import comfy.text_encoders.cosmos  # noqa: E402
 import comfy.text_encoders.flux  # noqa: E402
 import comfy.text_encoders.hidream  # noqa: E402
 import comfy.text_encoders.krea2  # noqa: E402
@@ -39,6 +41,8 @@ FAMILIES: dict[str, tuple[Any, str, int]] = {
     "z_image": (comfy.text_encoders.z_image.ZImageTokenizer, "qwen3_4b", 0),
     "krea2": (comfy.text_encoders.krea2.Krea2Tokenizer, "qwen3vl_4b", 0),
     "hidream": (comfy.text_encoders.hidream.HiDreamTokenizer, "t5xxl", 0),
+    "anima": (comfy.text_encoders.anima.AnimaTokenizer, "t5xxl", 0),
+    "cosmos": (comfy.text_encoders.cosmos.CosmosT5Tokenizer, "t5xxl", 0),
 }
 
 
@@ -82,7 +86,12 @@ class Clip:
         return model.encode_token_weights(tokens)[0]
 
     def encode_from_tokens_scheduled(self, tokens: dict[str, Any], add_dict: dict[str, Any] | None = None) -> list:
-        return [[self.embedding(tokens), {"pooled_output": None, **(add_dict or {})}]]
+        options = {"pooled_output": None, **(add_dict or {})}
+        if self.family == "anima":
+            # Its embedding is another text encoder's; the model makes its context of T5's tokens.
+            options["t5xxl_ids"] = torch.tensor([token[0] for token in tokens["t5xxl"][0]])
+            return [[torch.zeros(1, len(tokens["qwen3_06b"][0]), WIDTH), options]]
+        return [[self.embedding(tokens), options]]
 
     def decode(self, ids: list[int]) -> str:
         encoder = FAMILIES[self.family][1]
@@ -99,10 +108,12 @@ def words_of(family: str, prompt: str, suffix: str = "") -> str:
     clip = clip_of(family)
     ((text, options),) = prompt_tokens.encode_prompt(clip, prompt, suffix)
     kinds = options[prompt_tokens.TOKENS_KEY]
-    assert kinds.shape == text.shape[:2]
     assert prompt_tokens.prompt_tokens(options, text).are_known
     whole = clip.tokenize(f"{prompt}, {suffix}" if suffix else prompt)[FAMILIES[family][1]][0]
     before = FAMILIES[family][2]
+    if family == "anima":
+        text = torch.arange(len(options["t5xxl_ids"]))[None, :, None]
+    assert kinds.shape == text.shape[:2]
     places = text[0, before:, 0][kinds[0, before:] == prompt_tokens.WORD].long().tolist()
     return clip.decode([whole[place][0] for place in places]).strip()
 
@@ -165,6 +176,14 @@ def test_the_host_puts_padding_before_flux2s_text() -> None:
     rows = call_rows.with_rows("positive", conds, (11, 14))["model_conds"][call_rows.ROWS_KEY].rows
     assert rows.tokens.words.shape == (1, 512)
     assert rows.tokens.words[0].nonzero()[:, 0].tolist() == [512 - 9 + word for word in (2, 3, 5)]
+
+
+def test_animas_words_are_those_of_the_context_that_the_model_makes() -> None:
+    ((text, options),) = prompt_tokens.encode_prompt(clip_of("anima"), PROMPT)
+    context = torch.zeros(1, 512, 8)
+    found = prompt_tokens.prompt_tokens({**options, "cross_attn": text}, context)
+    said = clip_of("anima").decode(options["t5xxl_ids"][found.words[0, : len(options["t5xxl_ids"])]].tolist())
+    assert said.strip() == PROMPT and found.words.shape == (1, 512)
 
 
 def comfy_conds(scene: JointScene) -> dict[str, Any]:
