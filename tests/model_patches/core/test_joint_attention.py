@@ -11,7 +11,12 @@ import torch
 from devtools.pack import pack_module
 from truefill_testing.joint_scene import JointScene, transformer_of, two_holes
 from truefill_testing.scene import TOKENS_KEY, relative_error
-from truefill_testing.small_transformers import FAMILIES, small_transformer, transformer_conditioning
+from truefill_testing.small_transformers import (
+    CROSS_FAMILIES,
+    FAMILIES,
+    small_transformer,
+    transformer_conditioning,
+)
 
 sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
@@ -21,7 +26,7 @@ SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").Semantic
 TOLERANCE = 2.5e-5
 """Of a standard deviation; the host's own runs, with their attention written out in float64, differ by up to 2e-5."""
 
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", [*FAMILIES, *CROSS_FAMILIES])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +67,9 @@ def test_both_in_other_blocks_and_strengths(family: str) -> None:
     assert scene.error(model, **edits) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", [pytest.param("flux", marks=[pytest.mark.quick]), "qwen_image", "z_image", "sd3"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("flux", marks=[pytest.mark.quick]), "qwen_image", "z_image", "sd3", "anima"]
+)
 def test_both_in_all_blocks_in_any_order(family: str) -> None:
     scene = JointScene(family)
     one, other = with_boundary(scene, with_painta(scene)), with_painta(scene, with_boundary(scene))
@@ -71,13 +78,13 @@ def test_both_in_all_blocks_in_any_order(family: str) -> None:
 
 
 @pytest.mark.parametrize("layers", ["first half", "second half", "alternate"])
-@pytest.mark.parametrize("family", ["flux", "hidream"])
+@pytest.mark.parametrize("family", ["flux", "hidream", "wan"])
 def test_layers(family: str, layers: str) -> None:
     scene = JointScene(family)
     assert scene.error(with_boundary(scene, layers=layers), boundary=1.0, boundary_layers=layers) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "hidream"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "hidream", "anima", "wan"])
 def test_prompts_that_the_host_evaluates_apart(family: str) -> None:
     """Texts of another length make two calls; PAIntA's negative rows need what the positive ones found."""
     scene = JointScene(family, negative_tokens=13)
@@ -90,7 +97,7 @@ def test_reference_pictures_stay_free(family: str) -> None:
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["flux", "z_image"])
+@pytest.mark.parametrize("family", ["flux", "z_image", "anima"])
 def test_a_picture_without_a_hole_stays_as_it_is(family: str) -> None:
     hole = two_holes()
     hole[1] = 0.0
@@ -118,7 +125,7 @@ def test_a_mask_of_queries_and_keys_is_heard() -> None:
     assert scene.error(with_boundary(scene), boundary=1.0) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "anima"])
 def test_beside_differential_diffusion(family: str) -> None:
     from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 
@@ -132,13 +139,28 @@ def test_beside_differential_diffusion(family: str) -> None:
     assert relative_error(scene.host(one), plain) > 1e-3
 
 
+def test_wan_without_clip_vision_reads_the_text_twice() -> None:
+    scene = JointScene("wan_i2v")
+    for side in (scene.positive, scene.negative):
+        del side[0][1]["clip_vision_output"]
+    model = with_boundary(scene, mask=barely_a_hole(scene))
+    other = [[transformer_conditioning("wan_i2v", 7, 9)[0][0], scene.positive[0][1]]]
+    assert not torch.equal(scene.host(positive=other), scene.host())
+    assert torch.equal(scene.host(model, positive=other), scene.host(model))
+
+
+def test_a_text_of_as_many_tokens_as_the_picture() -> None:
+    scene = JointScene("wan_i2v", tokens=42)
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+
+
 def test_a_noise_mask_with_a_frame() -> None:
     scene = JointScene("qwen_image", hole=two_holes()[:1])
     assert scene.mask is None
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "wan"])
 def test_a_prompt_for_a_part_of_the_picture(family: str) -> None:
     """What the rest of the picture's hole is like doesn't matter to a prompt of a part."""
     scene = JointScene(family)
@@ -162,7 +184,11 @@ def barely_a_hole(scene: JointScene) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[pytest.mark.quick] if name in ("flux", "sd3") else []) for name in FAMILIES]
+    "family",
+    [
+        pytest.param(name, marks=[pytest.mark.quick] if name in ("flux", "anima") else [])
+        for name in (*FAMILIES, *CROSS_FAMILIES)
+    ],
 )
 def test_where_all_is_known_another_prompt_changes_nothing(family: str) -> None:
     scene = JointScene(family)
@@ -173,7 +199,7 @@ def test_where_all_is_known_another_prompt_changes_nothing(family: str) -> None:
     assert torch.equal(scene.host(model, positive=other), scene.host(model))
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "sd3", "hidream"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "sd3", "hidream", "anima", "wan"])
 @pytest.mark.parametrize("method", [with_boundary, with_painta])
 def test_strength_0_and_an_empty_mask_are_no_node(family: str, method: Callable[..., Any]) -> None:
     scene = JointScene(family)
@@ -205,7 +231,7 @@ class Recorded:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("family", ["flux", "sd3"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "anima"])
 def test_another_packs_attention_does_the_work(family: str) -> None:
     scene = JointScene(family)
     fast = scene.patcher.clone()
@@ -216,7 +242,7 @@ def test_another_packs_attention_does_the_work(family: str) -> None:
     ours = scene.host(with_boundary(scene, with_painta(scene, fast)))
     assert relative_error(ours, scene.literal(painta=1.0, boundary=1.0)) < TOLERANCE
     # All queries at once, as ever, and those that see something else.
-    assert max(recorded.queries) == 9 + 42 and min(recorded.queries) < 42
+    assert max(recorded.queries) == (42 if family == "anima" else 9 + 42) and min(recorded.queries) < 42
 
 
 @pytest.mark.quick
@@ -249,6 +275,23 @@ def test_a_prompt_that_says_nothing_weakens_nothing() -> None:
 
 
 @pytest.mark.quick
+def test_frames_and_merged_tokens_get_a_sentence() -> None:
+    scene = JointScene("wan", hole=two_holes()[:1])
+    model = with_boundary(scene)
+
+    def merged(given: dict[str, Any], further: dict[str, Any]) -> dict[str, Any]:
+        return further["original_block"]({**given, "img": given["img"][:, ::2], "pe": given["pe"][:, ::2]})
+
+    halved = model.clone()
+    halved.set_model_patch_replace(merged, "dit", "double_block", 1)
+    with pytest.raises(ValueError, match=r"Semantic Boundary expected 42 tokens .* found 21: another node merges"):
+        scene.host(halved)
+    scene.noise, scene.latent = (of.repeat(1, 1, 3, 1, 1) for of in (scene.noise, scene.latent))
+    with pytest.raises(ValueError, match=r"single pictures, and these latents have 3 frames"):
+        scene.host(model)
+
+
+@pytest.mark.quick
 def test_models_and_inputs_that_are_not_known_get_a_sentence() -> None:
     scene = JointScene("z_image")
     scene.positive[0][1]["reference_latents"] = [scene.latent[:1]]
@@ -264,7 +307,7 @@ def test_models_and_inputs_that_are_not_known_get_a_sentence() -> None:
         sampling_run.with_method(scene.patcher, RASG())
 
 
-@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "anima"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(family: str, dtype: torch.dtype) -> None:
     exact, scene = JointScene(family), JointScene(family)

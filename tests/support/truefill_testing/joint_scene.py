@@ -36,7 +36,7 @@ def two_holes() -> torch.Tensor:
 
 
 class JointScene:
-    """A small transformer, a hole for each picture, and two prompts.
+    """A small transformer, a hole for each picture, and two prompts of so many `tokens` (Anima: of T5's).
 
     The hole is the latent's noise mask, but for latents with frames: there the host takes a batch of masks for frames, and a
     method has to be given `mask`.

@@ -1,6 +1,6 @@
-"""Joint attention written out, with semantic boundary control (PILOT) and PAIntA put in: all scores and softmaxes in float64.
+"""Attention of transformers written out, with semantic boundary control (PILOT) and PAIntA: scores and softmaxes in float64.
 
-One attention of one row, q and k as the host's attention function gets them (after RoPE), N = text + image + what else is there:
+One joint attention of one row, q and k as the host's function gets them (after RoPE), N = text + image + what else is there:
 
     A = q k^T                                                                        [heads, N, N]
     A_ij *= w_j      image token i in the hole, image token j not: w_j = 1 - strength (1 - c_j)             PAIntA
@@ -23,6 +23,17 @@ the tokens lie, as the host's networks put them:
     z_image                        text, its padding to a multiple of 32, image, its padding to a multiple of 32
     sd3, sd35_medium               text, image
     hidream                        image, T5's text, llama's text (its last layer), llama's text (the block's own layer)
+
+Other networks let the image attend to itself, then to the text. Block n of those, from 0, in words as above:
+
+    self-attention                 A_ij *= w_j (PAIntA, but in block 0), out = softmax(A / sqrt(d)) v
+    cross-attention to the text    out = softmax(A / sqrt(d)) v, out_i *= 1 - strength where token i is known (boundary control)
+
+c in block n is found as above from P in the cross-attention of block n - 1. Its columns are the text that the network gets:
+
+    anima                          T5's text as the adapter puts it, zeros up to 512
+    cosmos, wan                    text (the encoder has padded it)
+    wan_i2v                        text; before each attention to it there is one to 257 vision tokens, which nothing touches
 """
 
 from __future__ import annotations
@@ -40,8 +51,11 @@ import torch.nn.functional as F
 from .literal_painta import level_mask, relevance_weights, score_factors
 
 Layers = Literal["all", "alternate", "first half", "second half"]
+Kind = Literal["joint", "self", "text", "other"]
+"""What attends: text and image to both, the image to itself, the image to the text; `other` stays as it is."""
 
 FLUX2_TEXT = 512
+ANIMA_TEXT = 512
 PADDED_TO = 32
 """Z-Image: both texts and images have a multiple of this many tokens."""
 
@@ -57,6 +71,10 @@ _FUNCTIONS = {
     "sd35_medium": ("comfy.ldm.modules.diffusionmodules.mmdit", "optimized_attention"),
     "krea2": ("comfy.ldm.krea2.model", "optimized_attention_masked"),
     "hidream": ("comfy.ldm.hidream.model", "optimized_attention"),
+    "anima": ("comfy.ldm.cosmos.predict2", "optimized_attention"),
+    "cosmos": ("comfy.ldm.cosmos.predict2", "optimized_attention"),
+    "wan": ("comfy.ldm.wan.model", "optimized_attention"),
+    "wan_i2v": ("comfy.ldm.wan.model", "optimized_attention"),
 }
 _WITH_REFERENCES = ("flux", "flux2", "qwen_image", "krea2")
 
@@ -66,7 +84,7 @@ class LiteralRows:
     """What the B rows of one prompt are in a model call.
 
     Positions count the tokens of the prompt's CONDITIONING from 0, before any padding. HiDream has two texts: T5's tokens come
-    first and llama's after them, and `text_tokens` is their sum.
+    first and llama's after them, and `text_tokens` is their sum. Anima's are T5's tokens alone.
     """
 
     conditional: bool
@@ -133,29 +151,34 @@ def literal_joint_attention(
             hook.remove()
 
 
-def joint_calls(family: str, network: Any) -> list[bool]:
-    """The network's calls of the attention function in one forward pass, in order: True where text and image attend jointly."""
+def attention_calls(family: str, network: Any) -> list[Kind]:
+    """The network's calls of the attention function in one forward pass, in order."""
     if family == "qwen_image":
-        return [True] * len(network.transformer_blocks)
+        return ["joint"] * len(network.transformer_blocks)
     if family in ("z_image", "lumina2"):
         alone = len(network.context_refiner) + len(network.noise_refiner)
-        return [False] * alone + [True] * len(network.layers)
+        return ["other"] * alone + ["joint"] * len(network.layers)
     if family in ("sd3", "sd35_medium"):
-        calls = []
+        calls: list[Kind] = []
         for block in network.joint_blocks:
-            # A block of SD3.5 medium attends a second time, the image to itself.
-            calls += [True, False] if block.x_block.x_block_self_attn else [True]
+            calls.append("joint")
+            if block.x_block.x_block_self_attn:
+                calls.append("other")  # a block of SD3.5 medium attends a second time, the image to itself
         return calls
     if family == "krea2":
         alone = len(network.txtfusion.layerwise_blocks) + len(network.txtfusion.refiner_blocks)
-        return [False] * alone + [True] * len(network.blocks)
+        return ["other"] * alone + ["joint"] * len(network.blocks)
     if family == "hidream":
-        return [True] * (len(network.double_stream_blocks) + len(network.single_stream_blocks))
-    return [True] * (len(network.double_blocks) + len(network.single_blocks))
+        return ["joint"] * (len(network.double_stream_blocks) + len(network.single_stream_blocks))
+    if family in ("anima", "cosmos", "wan"):
+        return ["self", "text"] * len(network.blocks)
+    if family == "wan_i2v":
+        return ["self", "other", "text"] * len(network.blocks)
+    return ["joint"] * (len(network.double_blocks) + len(network.single_blocks))
 
 
 def in_layers(layers: Layers, number: int, count: int) -> bool:
-    """Whether joint block `number` of `count`, from 0, is one of `layers`."""
+    """Whether block `number` of `count`, from 0, is one of `layers`."""
     if layers == "alternate":
         return number % 2 == 1
     if layers == "first half":
@@ -216,6 +239,13 @@ def tokens_of(
     )
 
 
+def word_columns(family: str, total: int, rows: LiteralRows) -> torch.Tensor:
+    """The prompt's own words in a text of `total` tokens that a cross-attention reads: bool [total]."""
+    expected = max(rows.text_tokens, ANIMA_TEXT) if family == "anima" else rows.text_tokens
+    assert total == expected and all(word < rows.text_tokens for word in rows.words), (total, rows)
+    return torch.tensor([column in rows.words for column in range(total)])
+
+
 def known_tokens(hole: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """A picture's hole [h, w] -> bool [tokens]: where semantic boundary control takes the text away."""
     if not hole.any():
@@ -263,31 +293,39 @@ class _Calls:
         assert not getattr(self.network, "register_length", 0), "registers are no part of the text"
         assert getattr(self.network, "context_processor", None) is None
         self.grid = token_grid(self.family, self.latent_size)
-        self.is_joint = joint_calls(self.family, self.network)
+        self.kinds = attention_calls(self.family, self.network)
         self.call: int | None = None  # None outside of a forward pass of `network`
-        self.groups: Sequence[LiteralRows] = ()
+        # One entry a row of the model call: its prompt, and the number of its picture.
+        self.prompts: list[LiteralRows] = []
+        self.pictures: list[int] = []
         self.timestep: list[float] = []
-        # (number of the joint block, picture) -> c of each conditional row
+        # (number of the block, picture) -> c of each conditional row; (number of the block, row of this model call) -> its own
         self.c: dict[tuple[int, int], list[torch.Tensor]] = {}
+        self.own_c: dict[tuple[int, int], torch.Tensor] = {}
 
     def begins(self, _network: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         pictures = self.hole.shape[0]
         if callable(self.rows):
-            self.groups = self.rows(options["transformer_options"]["cond_or_uncond"])
+            groups = self.rows(options["transformer_options"]["cond_or_uncond"])
         else:
-            self.groups = self.rows
+            groups = self.rows
         count = arguments[0].shape[0]
-        assert count == pictures * len(self.groups), (
-            f"the model call has {count} rows, {len(self.groups)} prompts of {pictures} pictures were told"
+        assert count == pictures * len(groups), (
+            f"the model call has {count} rows, {len(groups)} prompts of {pictures} pictures were told"
         )
+        if self.family == "wan_i2v":
+            assert options.get("clip_fea") is not None, "without vision tokens the host attends to the text twice"
+        self.prompts = [group for group in groups for _ in range(pictures)]
+        self.pictures = list(range(pictures)) * len(groups)
         timestep = arguments[1].flatten()[:1].tolist()
-        if timestep != self.timestep or any(group.conditional for group in self.groups):
+        if timestep != self.timestep or any(group.conditional for group in groups):
             self.c = {}
+        self.own_c = {}
         self.timestep = timestep
         self.call = 0
 
     def ended(self, *_: Any) -> None:
-        assert self.call == len(self.is_joint), f"{self.call} attentions instead of {len(self.is_joint)}"
+        assert self.call == len(self.kinds), f"{self.call} attentions instead of {len(self.kinds)}"
         self.call = None
 
     def attention(
@@ -317,42 +355,57 @@ class _Calls:
 
         scores = q @ k.transpose(-1, -2) * scale
         added = _added(mask, scores.shape)
-        if self._next_is_joint():
-            out = self._edited(scores, added, v)
+        kind, number, count = self._next()
+        boundary = self.boundary if in_layers(self.boundary_layers, number, count) else 0.0
+        painta = self.painta if in_layers(self.painta_layers, number, count) else 0.0
+        if kind == "joint":
+            out = self._joint(scores, added, v, number, boundary, painta)
+        elif kind == "self":
+            out = self._to_image(scores, added, v, number, painta)
+        elif kind == "text":
+            out = self._to_text(scores, added, v, number, boundary)
         else:
             out = (scores + added).softmax(dim=-1) @ v
         if not skip_output_reshape:
             out = out.transpose(1, 2).flatten(2)
         return out.to(dtype)
 
-    def _next_is_joint(self) -> bool:
+    def _next(self) -> tuple[Kind, int, int]:
+        """What this call of the attention function is, the number of its block among the blocks that have one, and theirs."""
         if self.call is None:
-            return False
-        assert self.call < len(self.is_joint), "more attentions than the network has"
+            return "other", 0, 1
+        assert self.call < len(self.kinds), "more attentions than the network has"
+        kind = self.kinds[self.call]
+        number = self.kinds[: self.call].count(kind)
         self.call += 1
-        return self.is_joint[self.call - 1]
+        return kind, number, self.kinds.count(kind)
 
-    def _edited(self, scores: torch.Tensor, added: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def _joint(
+        self,
+        scores: torch.Tensor,
+        added: torch.Tensor,
+        values: torch.Tensor,
+        number: int,
+        boundary: float,
+        painta: float,
+    ) -> torch.Tensor:
         """Scores and what the mask adds to them [rows, heads, N, N], values [rows, heads, N, channels] -> the joint answer."""
-        assert self.call is not None
-        number = sum(self.is_joint[: self.call]) - 1
-        count = sum(self.is_joint)
         rows, _, queries, keys = scores.shape
-        assert queries == keys and rows == self.hole.shape[0] * len(self.groups)
-        boundary = self.boundary if in_layers(self.boundary_layers, number, count) else 0.0
-        painta = self.painta if in_layers(self.painta_layers, number, count) else 0.0
-        # One entry a row.
-        pictures = [row % self.hole.shape[0] for row in range(rows)]
-        groups = [self.groups[row // self.hole.shape[0]] for row in range(rows)]
-        tokens = [tokens_of(self.family, keys, self.latent_size, group, self.references) for group in groups]
+        assert queries == keys and rows == len(self.prompts)
+        tokens = [tokens_of(self.family, keys, self.latent_size, prompt, self.references) for prompt in self.prompts]
 
         if painta:
-            scores = self._painta(scores, added, painta, number, pictures, groups, tokens)
+            for row in self._edited_rows():
+                if self.prompts[row].conditional:
+                    to_text = (scores + added)[row][:, tokens[row].image][:, :, tokens[row].text]
+                    is_word = torch.tensor([place in tokens[row].words for place in tokens[row].text])
+                    self._found(number, row, to_text, is_word)
+            scores = self._painta(scores, painta, number, [places.image for places in tokens])
         scores = scores + added
         out = scores.softmax(dim=-1) @ values
         if boundary:
             for row in range(rows):
-                known = known_tokens(self.hole[pictures[row], 0], self.grid)
+                known = known_tokens(self.hole[self.pictures[row], 0], self.grid)
                 without_text = scores[row].clone()
                 without_text[:, :, tokens[row].text] = -torch.inf
                 other = without_text.softmax(dim=-1) @ values[row]
@@ -363,37 +416,63 @@ class _Calls:
                     out[row, :, place] = (1 - boundary) * out[row, :, place] + boundary * other[:, place]
         return out
 
-    def _painta(
-        self,
-        scores: torch.Tensor,
-        added: torch.Tensor,
-        strength: float,
-        number: int,
-        pictures: list[int],
-        groups: list[LiteralRows],
-        tokens: list[Tokens],
+    def _to_image(
+        self, scores: torch.Tensor, added: torch.Tensor, values: torch.Tensor, number: int, painta: float
     ) -> torch.Tensor:
-        """Scores [rows, heads, N, N] before the mask, with the hole's look at the known image weakened."""
-        holes = [hole_tokens(self.hole[picture, 0], self.grid) for picture in pictures]
-        edited = [row for row, hole in enumerate(holes) if hole.any() and not hole.all()]
-        own_c = {}
-        for row in edited:
-            if groups[row].conditional:
-                to_text = (scores + added)[row][:, tokens[row].image][:, :, tokens[row].text]
-                is_word = torch.tensor([place in tokens[row].words for place in tokens[row].text])
-                own_c[row] = relevance_weights(to_text, is_word, self.grid, self.smooth)
-                self.c.setdefault((number, pictures[row]), []).append(own_c[row])
+        """The answer of the image's attention to itself."""
+        rows, _, queries, keys = scores.shape
+        assert queries == keys == math.prod(self.grid) and rows == len(self.prompts)
+        if painta and number:
+            scores = self._painta(scores, painta, number, [list(range(keys))] * rows)
+        return (scores + added).softmax(dim=-1) @ values
+
+    def _to_text(
+        self, scores: torch.Tensor, added: torch.Tensor, values: torch.Tensor, number: int, boundary: float
+    ) -> torch.Tensor:
+        """The answer of the image's attention to the text, which is also where the next block's c is found."""
+        rows, _, queries, keys = scores.shape
+        assert queries == math.prod(self.grid) and rows == len(self.prompts)
+        columns = [word_columns(self.family, keys, prompt) for prompt in self.prompts]
+        scores = scores + added
+        if self.painta:
+            for row in self._edited_rows():
+                if self.prompts[row].conditional:
+                    self._found(number + 1, row, scores[row], columns[row])
+        out = scores.softmax(dim=-1) @ values
+        for row in range(rows):
+            out[row, :, known_tokens(self.hole[self.pictures[row], 0], self.grid)] *= 1 - boundary
+        return out
+
+    def _edited_rows(self) -> list[int]:
+        """The rows of pictures with both a hole and something known, as PAIntA has them."""
+        holes = [hole_tokens(self.hole[picture, 0], self.grid) for picture in self.pictures]
+        return [row for row, hole in enumerate(holes) if hole.any() and not hole.all()]
+
+    def _found(self, number: int, row: int, to_text: torch.Tensor, is_word: torch.Tensor) -> None:
+        """Keep the c of block `number` of a conditional row, whose image looks at the text with these scores."""
+        c = relevance_weights(to_text, is_word, self.grid, self.smooth)
+        self.own_c[number, row] = c
+        self.c.setdefault((number, self.pictures[row]), []).append(c)
+
+    def _painta(
+        self, scores: torch.Tensor, strength: float, number: int, image: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Scores [rows, heads, N, N] before the mask, with the hole's look at the known image weakened.
+
+        `image`: for each row, where its image tokens lie.
+        """
         scores = scores.clone()
-        for row in edited:
-            if row in own_c:
-                c = own_c[row]
+        for row in self._edited_rows():
+            if self.prompts[row].conditional:
+                c = self.own_c[number, row]
             else:
-                found = self.c.get((number, pictures[row]))
+                found = self.c.get((number, self.pictures[row]))
                 assert found, "a negative prompt's row before any conditional row of this timestep"
                 c = torch.stack(found).mean(dim=0)
-            factors = torch.ones(tokens[row].total, tokens[row].total, dtype=scores.dtype)
-            image = torch.tensor(tokens[row].image)
-            factors[image[:, None], image[None, :]] = score_factors(c, holes[row], strength)
+            factors = torch.ones(scores.shape[-2:], dtype=scores.dtype)
+            places = torch.tensor(image[row])
+            hole = hole_tokens(self.hole[self.pictures[row], 0], self.grid)
+            factors[places[:, None], places[None, :]] = score_factors(c, hole, strength)
             scores[row] *= factors
         return scores
 

@@ -1,8 +1,9 @@
 """Small random diffusion transformers in the shapes of the real families, wrapped the way the host wraps a checkpoint.
 
-They are the host's own classes with the real options and few channels. In all of them text and image tokens attend to each other
-in one sequence (joint attention). Every weight is random, the ones that training starts at zero too (output layers, the
-gates of the modulations), and so are the tokens that Z-Image pads with.
+They are the host's own classes with the real options and few channels. Every weight is random, the ones that training starts at
+zero too (output layers, the gates of the modulations), and so are the tokens that Z-Image pads with.
+
+In `FAMILIES` text and image tokens attend to each other in one sequence (joint attention):
 
     family        latent            cells a token   joint blocks          head   text channels    pooled
     flux          16 channels       2 x 2           2 double, 2 single    32     48               24
@@ -19,12 +20,26 @@ gates of the modulations), and so are the tokens that Z-Image pads with.
 
 The heads are 2, but 4 in Z-Image, and 4 with 2 for keys and values in Lumina 2 and Krea 2. Z-Image is 256 wide: the host's
 modulation takes no less. HiDream's experts all answer (the real ones: 2 of 4), so that its output is continuous in its weights.
+
+In `CROSS_FAMILIES` image tokens attend to each other, then to the text (cross-attention):
+
+    family        latent                  cells a token   blocks   head   text channels    beside the text
+    anima         16, 5-D                 2 x 2           4        32     48               T5's token ids and weights
+    cosmos        16, 5-D                 2 x 2           4        32     48               none
+    wan           16, 5-D                 2 x 2           4        32     48               none
+    wan_i2v       16, 5-D, input 36       2 x 2           4        32     48               257 vision tokens of 1280 channels
+
+The heads are 2. Anima's network gets another text than the conditioning's: its adapter (2 blocks here) lets T5's tokens look at
+Qwen's, and the host pads what comes out with zeros to 512. Wan's vision tokens are the same for every prompt, as in a workflow.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -32,6 +47,7 @@ from devtools.pack import ensure_host
 
 ensure_host()
 
+import comfy.ldm.anima.model  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import get_2d_sincos_pos_embed  # noqa: E402
@@ -40,15 +56,21 @@ FAMILIES = (
     *("flux", "flux_fill", "flux2", "chroma", "qwen_image", "z_image", "lumina2"),
     *("sd3", "sd35_medium", "krea2", "hidream"),
 )
-LATENT_CHANNELS = {family: 128 if family == "flux2" else 16 for family in FAMILIES}
-GRID_CELLS = {family: 1 if family == "flux2" else 2 for family in FAMILIES}
+CROSS_FAMILIES = ("anima", "cosmos", "wan", "wan_i2v")
+_ALL = (*FAMILIES, *CROSS_FAMILIES)
+LATENT_CHANNELS = {family: 128 if family == "flux2" else 16 for family in _ALL}
+GRID_CELLS = {family: 1 if family == "flux2" else 2 for family in _ALL}
 """Latent cells along a side of an image token."""
-VIDEO_LATENT = ("qwen_image", "krea2")
+VIDEO_LATENT = ("qwen_image", "krea2", *CROSS_FAMILIES)
 """Latents [B, channels, 1, h, w], of one frame."""
-CONTEXT_DIM = {family: 3 * 32 if family == "krea2" else 48 for family in FAMILIES}
+CONTEXT_DIM = {family: 3 * 32 if family == "krea2" else 48 for family in _ALL}
 POOLED_DIM = {"flux": 24, "flux_fill": 24, "sd3": 24, "sd35_medium": 24, "hidream": 24}
 LLAMA_LAYERS, LLAMA_DIM, LLAMA_TOKENS = 3, 40, 9
 """HiDream's second text: [batch, layers, tokens, channels]."""
+MORE_QWEN_TOKENS = 4
+"""Anima's text encoder gives so many embeddings more than T5 has tokens."""
+T5_VOCABULARY = 32128
+VISION_TOKENS, VISION_DIM = 257, 1280
 
 _FLUX = {
     "image_model": "flux",
@@ -179,6 +201,55 @@ _HIDREAM = {
     "patch_size": 2,
     "text_emb_dim": 24,
 }
+_COSMOS = {
+    "image_model": "cosmos_predict2",
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 64,
+    "concat_padding_mask": True,
+    "crossattn_emb_channels": 48,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
+    "pos_emb_interpolation": "crop",
+    "min_fps": 1,
+    "max_fps": 30,
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 32,
+    "num_blocks": 4,
+    "num_heads": 2,
+    "extra_per_block_abs_pos_emb": False,
+    "rope_h_extrapolation_ratio": 4.0,
+    "rope_w_extrapolation_ratio": 4.0,
+    "rope_t_extrapolation_ratio": 1.0,
+    "extra_h_extrapolation_ratio": 1.0,
+    "extra_w_extrapolation_ratio": 1.0,
+    "extra_t_extrapolation_ratio": 1.0,
+    "rope_enable_fps_modulation": False,
+}
+_LLM_ADAPTER = {"source_dim": 48, "target_dim": 48, "model_dim": 48, "num_layers": 2, "num_heads": 2}
+"""Anima's, which the host's config says nothing of."""
+_WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 64,
+    "out_dim": 16,
+    "num_heads": 2,
+    "ffn_dim": 128,
+    "num_layers": 4,
+    "patch_size": (1, 2, 2),
+    "freq_dim": 256,
+    "window_size": (-1, -1),
+    "qk_norm": True,
+    "cross_attn_norm": True,
+    "eps": 1e-6,
+    "in_dim": 16,
+    "text_dim": 48,
+}
 _CONFIG: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "flux": (comfy.supported_models.Flux, {**_FLUX, "guidance_embed": True}),
     "flux_fill": (comfy.supported_models.FluxInpaint, {**_FLUX, "guidance_embed": True, "in_channels": 96}),
@@ -191,6 +262,10 @@ _CONFIG: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "sd35_medium": (comfy.supported_models.SD3, _SD35_MEDIUM),
     "krea2": (comfy.supported_models.Krea2, _KREA2),
     "hidream": (comfy.supported_models.HiDream, _HIDREAM),
+    "anima": (comfy.supported_models.Anima, {**_COSMOS, "image_model": "anima"}),
+    "cosmos": (comfy.supported_models.CosmosT2IPredict2, _COSMOS),
+    "wan": (comfy.supported_models.WAN21_T2V, _WAN),
+    "wan_i2v": (comfy.supported_models.WAN21_I2V, {**_WAN, "model_type": "i2v", "in_dim": 36}),
 }
 
 _QUERY_NORMS = ("query_norm", "q_norm", "norm_q", "norm_added_q", "ln_q", "q_rms_norm", "q_rms_norm_t", "qnorm")
@@ -208,7 +283,9 @@ def small_transformer(
     config_class, network_config = _CONFIG[family]
     config = config_class(network_config)
     config.set_inference_dtype(dtype, None)
-    model = config.get_model({})
+    anima = comfy.ldm.anima.model
+    with mock.patch.object(anima, "LLMAdapter", partial(anima.LLMAdapter, **_LLM_ADAPTER)):
+        model = config.get_model({})
     _randomise(model.diffusion_model, seed)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
@@ -227,21 +304,29 @@ def transformer_conditioning(
 
     `with_words`: further entries, such as what a node tells of the prompt's words. `masked`: how many of the last tokens
     Qwen-Image's mask leaves out; where it leaves none out, the encoder gives none. HiDream's second text has `LLAMA_TOKENS`.
+    Anima's `tokens` are T5's, and its text has `MORE_QWEN_TOKENS` more.
     """
     generator = torch.Generator().manual_seed(seed)
-    text = torch.randn(batch, tokens, CONTEXT_DIM[family], generator=generator)
+    rows = tokens + (MORE_QWEN_TOKENS if family == "anima" else 0)
+    text = torch.randn(batch, rows, CONTEXT_DIM[family], generator=generator)
     # The host's encoders give None where they have no pooled output.
     entries: dict[str, Any] = {"pooled_output": None}
     if family in POOLED_DIM:
         entries["pooled_output"] = torch.randn(batch, POOLED_DIM[family], generator=generator)
     if family in ("flux", "flux_fill", "flux2"):
         entries["guidance"] = 3.5
-    if family in ("flux2", "z_image", "lumina2"):
-        entries["attention_mask"] = torch.ones(batch, tokens, dtype=torch.long)
+    if family in ("flux2", "z_image", "lumina2", "anima", "cosmos"):
+        entries["attention_mask"] = torch.ones(batch, rows, dtype=torch.long)
     if family in ("qwen_image", "krea2") and masked:
         entries["attention_mask"] = (torch.arange(tokens) < tokens - masked).long().expand(batch, tokens).clone()
     if family == "hidream":
         entries["conditioning_llama3"] = torch.randn(batch, LLAMA_LAYERS, LLAMA_TOKENS, LLAMA_DIM, generator=generator)
+    if family == "anima":
+        entries["t5xxl_ids"] = torch.randint(T5_VOCABULARY, (tokens,), generator=generator, dtype=torch.int)
+        entries["t5xxl_weights"] = 0.5 + torch.rand(tokens, generator=generator)
+    if family == "wan_i2v":
+        seen = torch.randn(1, VISION_TOKENS, VISION_DIM, generator=torch.Generator().manual_seed(0))
+        entries["clip_vision_output"] = SimpleNamespace(penultimate_hidden_states=seen)
     return [[text, {**entries, **(with_words or {})}]]
 
 
@@ -249,8 +334,8 @@ def _randomise(network: torch.nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in network.named_parameters():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("pad_token"):
-            pass  # as large as the other tokens
+        if name.endswith("pad_token") or name == "llm_adapter.embed.weight":
+            pass  # as large as the other tokens, as large as what is added to them
         elif parameter.ndim > 1:
             values *= 1.0 / parameter[0].numel() ** 0.5
         else:

@@ -39,6 +39,8 @@ EMPTY = (
     "diffusion_models/flux1-dev.safetensors",
     "diffusion_models/qwen_image_fp8_e4m3fn.safetensors",
     "diffusion_models/z_image_turbo_bf16.safetensors",
+    "diffusion_models/flux-2-klein-4b-fp8.safetensors",
+    "controlnet/Qwen-Image-InstantX-ControlNet-Inpainting.safetensors",
     "text_encoders/clip_l.safetensors",
     "text_encoders/t5xxl_fp16.safetensors",
     "text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors",
@@ -132,6 +134,14 @@ def _write_vae(path: Path) -> None:
     _write_random(TAESD(latent_channels=16), path)
 
 
+def _write_flux2_vae(path: Path) -> None:
+    """An autoencoder with 128 channels at 1/16, in the same format."""
+    ensure_host()
+    from comfy.taesd.taesd import TAESD
+
+    _write_random(TAESD(latent_channels=128), path, {"tae_latent_channels": "128"})
+
+
 def _write_wan_vae(path: Path) -> None:
     """Qwen-Image's autoencoder with few channels."""
     ensure_host()
@@ -146,7 +156,7 @@ def _write_wan_vae(path: Path) -> None:
     _write_random(WanVAE(dim=8, z_dim=16, **plan), path)
 
 
-def _write_random(network: torch.nn.Module, path: Path) -> None:
+def _write_random(network: torch.nn.Module, path: Path, metadata: dict[str, str] | None = None) -> None:
     generator = torch.Generator().manual_seed(0)
     state = network.state_dict()
     for name, tensor in state.items():
@@ -156,11 +166,12 @@ def _write_random(network: torch.nn.Module, path: Path) -> None:
             tensor.uniform_(-1.0, 1.0, generator=generator).mul_(tensor[0].numel() ** -0.5)
         else:
             tensor.zero_()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata)
 
 
 _WRITTEN = {
     "vae/ae.safetensors": _write_vae,
+    "vae/flux2-vae.safetensors": _write_flux2_vae,
     "vae/qwen_image_vae.safetensors": _write_wan_vae,
     "inpaint/brushnet_random_mask_fp16.safetensors": _write_branch_sd15,
     "inpaint/brushnet_random_mask_sdxl.safetensors": _write_branch_sdxl,
