@@ -18,8 +18,8 @@ class TrueFillEncodePrompt(io.ComfyNode):
             inputs=[
                 io.Clip.Input(
                     "clip",
-                    tooltip="The text encoders of SD1.5, SD2, SDXL, SD3, Flux, Flux2, Chroma, Qwen-Image, Z-Image, Krea2 or "
-                    "HiDream.",
+                    tooltip="The text encoders of SD1.5, SD2, SDXL, SD3, Flux, Flux2, Chroma, Qwen-Image, Z-Image, Krea2, "
+                    "HiDream, Anima, Cosmos or Wan.",
                 ),
                 io.String.Input(
                     "prompt",

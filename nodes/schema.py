@@ -23,7 +23,10 @@ def scheduler_input(default: str) -> io.Combo.Input:
     return io.Combo.Input("scheduler", options=KSampler.SCHEDULERS, default=default, tooltip="Spacing of the steps.")
 
 
-GUIDED_MODELS = "An SD1.5, SD2, SDXL, SD3, Flux, Flux2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea2 or HiDream model."
+GUIDED_MODELS = (
+    "An SD1.5, SD2, SDXL, SD3, Flux, Flux2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea2, HiDream, Anima, Cosmos Predict2 or Wan "
+    "model."
+)
 """What attention can be edited in."""
 
 
