@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 import safetensors.torch
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph import ExecutionBlocker
+from PIL import Image
 
 from ..imaging.attribute_dictionary import parse, regular_prompts, subject_prompts, to_json, words
 from ..imaging.masks import log_noise
@@ -22,6 +24,7 @@ from ..model_patches.core.prompt_tokens import encode_prompt
 from ..training.curves import draw_curves
 from ..training.subject_lora.examples import encode_example, training_size
 from ..training.subject_lora.files import go_on, identity_of, keep_unfinished, lora_file, write_lora
+from ..training.subject_lora.sampling import sample_picture
 from ..training.subject_lora.tuning import Example, Tuner, Tuning
 from .announce import announcer
 from .schema import seed_input
@@ -29,6 +32,8 @@ from .schema import seed_input
 _EXAMPLE = '{"class": "toy", "attributes": {"color": ["red"], "material": ["clay"]}}'
 TOKEN = "sks"
 _GIGABYTE = 1 << 30
+_PREVIEW = 512
+"""Longest side of a picture that is shown while the training goes on, in pixels."""
 _MASKS = {"subject": 10, "regular": 3}
 """Training masks that are drawn for a picture, as in the release."""
 
@@ -217,11 +222,31 @@ class TrueFillTrainSubject(io.ComfyNode):
                     force_input=True,
                     tooltip="Their prompts, a list or one on each line.",
                 ),
+                io.Int.Input(
+                    "sample_every",
+                    optional=True,
+                    default=100,
+                    min=0,
+                    max=100000,
+                    advanced=True,
+                    tooltip="After so many steps a picture is made with what has been learned so far, and shown; 0 makes none.",
+                ),
+                io.String.Input(
+                    "sample_prompt",
+                    optional=True,
+                    default="",
+                    advanced=True,
+                    tooltip="Of these pictures. Empty: the first of the subject's own prompts.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the LoRA on it."),
                 io.String.Output(display_name="LORA", tooltip="The name of its file."),
                 io.Image.Output(display_name="LOSS", tooltip="How the loss went."),
+                io.Image.Output(
+                    display_name="SAMPLES",
+                    tooltip="A batch: the pictures that were made on the way, from the same noise.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -269,13 +294,21 @@ class TrueFillTrainSubject(io.ComfyNode):
             f"Train Subject: {weights} weights learn from {len(subject)} pictures and {len(regular)} regular ones of {size[1]}x"
             f"{size[0]}. To sample one the host takes {needed / _GIGABYTE:.1f} GB, the model included; training takes more."
         )
-        losses = _run(tuner, tuning, file, subject, regular, one["keep_every"], announce)
+        prompt = encode_prompt(one["clip"], one.get("sample_prompt", "").strip() or called[0])
+        negative = encode_prompt(one["clip"], "")
+
+        def sample() -> torch.Tensor:
+            return sample_picture(model, tuner, one["vae"], prompt, negative, subject[0], one["seed"])
+
+        losses, samples = _run(
+            tuner, tuning, file, subject, regular, one["keep_every"], announce, one.get("sample_every", 100), sample
+        )
         write_lora(file, tuner, f"{one['token']} {found.class_word}")
         lora = safetensors.torch.load_file(str(file.path))
         tuned, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
         curve = draw_curves(losses, file.path.stem)
         picture = torch.from_numpy(np.asarray(curve, dtype=np.float32) / 255.0)[None]
-        return io.NodeOutput(tuned, file.path.name, picture)
+        return io.NodeOutput(tuned, file.path.name, picture, torch.cat(samples) if samples else ExecutionBlocker(None))
 
 
 def _run(
@@ -286,13 +319,19 @@ def _run(
     regular: Sequence[Example],
     keep_every: int,
     announce: Any,
-) -> list[dict[str, float]]:
-    """Trains to the end, from where an unfinished run was; what has been learned is kept now and then, and at an interrupt."""
+    sample_every: int,
+    sample: Callable[[], torch.Tensor],
+) -> tuple[list[dict[str, float]], list[torch.Tensor]]:
+    """Trains to the end, from where an unfinished run was; what has been learned is kept now and then, and at an interrupt.
+
+    Every `sample_every` steps, and at the end, a picture is made and shown; 0 makes none. Returns the losses and the pictures.
+    """
     identity = identity_of(tuning, subject, regular)
     if go_on(file, tuner, identity):
         announce(f"Train Subject: goes on from step {tuner.step} of {tuning.steps}.")
     bar = comfy.utils.ProgressBar(tuning.steps)
     losses: list[dict[str, float]] = []
+    samples: list[torch.Tensor] = []
     first, started, told = tuner.step, time.monotonic(), 0.0
 
     def report(step: int, loss: float) -> None:
@@ -311,13 +350,19 @@ def _run(
             )
 
     try:
-        tuner.run(subject, regular, report)
+        while tuner.step < tuning.steps:
+            until = (tuner.step // sample_every + 1) * sample_every if sample_every else tuning.steps
+            tuner.run(subject, regular, report, min(until, tuning.steps))
+            if sample_every:
+                samples.append(sample())
+                shown = Image.fromarray((samples[-1][0].clamp(0.0, 1.0) * 255.0).round().byte().cpu().numpy())
+                bar.update_absolute(tuner.step, tuning.steps, ("JPEG", shown, _PREVIEW))
     except BaseException:
         if tuner.step > first:
             keep_unfinished(file, tuner, identity)
         raise
     # A run that had been finished, but for its file, has nothing to report.
-    return losses or [{"step": tuner.step, "loss": float("nan")}]
+    return losses or [{"step": tuner.step, "loss": float("nan")}], samples
 
 
 def _regular(given: dict[str, list[Any]], clip: Any, encoded: Any) -> list[Example]:

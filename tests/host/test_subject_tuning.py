@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from devtools.client import Client, GraphFailed
 from devtools.server import Server
@@ -105,6 +106,25 @@ def test_a_lora_that_the_hosts_loader_loads(server: Client, comfyui: Server, lor
     assert np.array_equal(pictures(server.run(sampled(loaded, ["lora", 0])).images["save picture"]), made)
     plain = pictures(server.run(sampled(without, ["checkpoint", 0])).images["save picture"])
     assert not np.array_equal(plain, made)
+
+
+@pytest.mark.parametrize("checkpoint", ["sd15", "sd15-inpainting"])
+def test_pictures_on_the_way_change_nothing(server: Client, loras: Path, checkpoint: str) -> None:
+    settings = {"steps": 3, "sample_prompt": "a blue sks cup"}
+    made = server.run(
+        graph_of("test with", checkpoint, sample_every=2, **settings)
+        | {"show": node("PreviewImage", images=["train", 3])}
+    )
+    # At the second step and at the end, of the first picture's size.
+    shown = pictures(made.images["show"])
+    assert shown.shape == (2, 128, 128, 3) and not np.array_equal(shown[0], shown[1])
+    without = server.run(
+        graph_of("test without", checkpoint, sample_every=0, **settings)
+        | {"show": node("PreviewImage", images=["train", 3])}
+    )
+    assert "show" not in without.images
+    one, other = (safetensors.numpy.load_file(loras / f"test {name}.safetensors") for name in ("with", "without"))
+    assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_an_interrupted_run_goes_on(server: Client, comfyui: Server, loras: Path) -> None:
