@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from devtools.pack import pack_module
+from devtools.pack import ensure_host, pack_module
 from truefill_testing.joint_scene import JointScene, transformer_of, two_holes
 from truefill_testing.scene import TOKENS_KEY, relative_error
 from truefill_testing.small_transformers import (
@@ -17,6 +19,11 @@ from truefill_testing.small_transformers import (
     small_transformer,
     transformer_conditioning,
 )
+
+ensure_host()
+
+import comfy.sampler_helpers  # noqa: E402
+import comfy.samplers  # noqa: E402
 
 sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
@@ -137,6 +144,93 @@ def test_beside_differential_diffusion(family: str) -> None:
     one, other = with_boundary(scene, differential(scene.patcher)), differential(with_boundary(scene))
     assert torch.equal(scene.host(one), scene.host(other))
     assert relative_error(scene.host(one), plain) > 1e-3
+
+
+class Langevin:
+    """Steps as LanPaint takes them, on a latent that moves several times at one noise level."""
+
+    def __init__(self, guider: Any, noise: torch.Tensor, latent: torch.Tensor) -> None:
+        self.inner_model, self._noise, self._latent = guider, noise, latent
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, denoise_mask: Any, **further: Any) -> torch.Tensor:
+        hole = torch.ones_like(x) if denoise_mask is None else (denoise_mask > 0.5).float()
+        level = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        known = level * self._noise + (1.0 - level) * self._latent
+        for _ in range(2):
+            guided, barely = self.inner_model(x, sigma, model_options=further["model_options"], seed=further["seed"])
+            x = hole * (x + 0.1 * (guided - x)) + (1.0 - hole) * (known + 0.1 * (barely - x))
+        return hole * guided + (1.0 - hole) * self._latent
+
+
+@contextmanager
+def lanpaint() -> Iterator[None]:
+    """The host's guider and sampler while a node of LanPaint runs: other functions, and two pictures for one."""
+
+    def outer_sample(
+        self: Any,
+        noise: torch.Tensor,
+        latent: torch.Tensor,
+        sampler: Any,
+        sigmas: Any,
+        mask: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        options = self.model_options
+        self.inner_model, self.conds, loaded = comfy.sampler_helpers.prepare_sampling(
+            self.model_patcher, noise.shape, self.conds, options
+        )
+        mask = None if mask is None else comfy.sampler_helpers.prepare_mask(mask, noise.shape, noise.device)
+        self.model_patcher.pre_run()
+        try:
+            return self.inner_sample(noise, latent, noise.device, sampler, sigmas, mask, *rest, **more)
+        finally:
+            self.model_patcher.cleanup()
+            comfy.sampler_helpers.cleanup_models(self.conds, loaded)
+
+    def predict_noise(
+        self: Any, x: torch.Tensor, level: torch.Tensor, model_options: Any = None, seed: Any = None
+    ) -> Any:
+        conds = [self.conds["positive"], self.conds["negative"]]
+        out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, level, model_options)
+        return tuple(
+            comfy.samplers.cfg_function(self.inner_model, *out, cfg, x, level, model_options=model_options)
+            for cfg in (self.cfg, 1.0)
+        )
+
+    def sample(
+        self: Any,
+        guider: Any,
+        sigmas: Any,
+        extra: Any,
+        callback: Any,
+        noise: Any,
+        latent: Any = None,
+        mask: Any = None,
+        *_: Any,
+    ) -> Any:
+        model = Langevin(guider, noise, latent)
+        begun = guider.inner_model.model_sampling.noise_scaling(
+            sigmas[0], noise, latent, self.max_denoise(guider, sigmas)
+        )
+        return self.sampler_function(model, begun, sigmas, extra_args={**extra, "denoise_mask": mask}, disable=True)
+
+    with (
+        mock.patch.object(comfy.samplers.CFGGuider, "outer_sample", outer_sample),
+        mock.patch.object(comfy.samplers.CFGGuider, "predict_noise", predict_noise),
+        mock.patch.object(comfy.samplers.KSAMPLER, "sample", sample),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "wan"])
+def test_within_lanpaints_sampler(family: str) -> None:
+    scene = JointScene(family, hole=two_holes()[:1])
+    plain = scene.host()
+    with lanpaint():
+        assert relative_error(scene.host(), plain) > 1e-2
+        assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+    assert torch.equal(scene.host(), plain)
 
 
 def test_wan_without_clip_vision_reads_the_text_twice() -> None:
