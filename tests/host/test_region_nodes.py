@@ -14,6 +14,7 @@ from PIL import Image
 
 from devtools.client import Client, GraphFailed
 from devtools.pack import pack_module
+from devtools.server import Server
 from truefill_testing.graphs import node, picture
 
 morphology = pack_module("imaging.morphology")
@@ -52,6 +53,51 @@ def harmonized(**inputs: Any) -> dict[str, Any]:
     pictures = {"image": ["picture", 0], "original": ["picture", 0], "mask": ["mask", 0]}
     defaults = {"harmonize": "both", "color": "mean", "band": 16, "mixed_gradients": False}
     return node("TrueFillHarmonize", **pictures | defaults | inputs)
+
+
+def aligned(**inputs: Any) -> dict[str, Any]:
+    defaults = {"match_tone": True, "sensitivity": 1.0, "grow": 4, "feather": 8}
+    harmony = {"harmonize": "color", "color": "mean", "band": 16, "mixed_gradients": False}
+    return node("TrueFillAlignEdit", original=["picture", 0], edited=["moved", 0], **defaults | harmony | inputs)
+
+
+def test_an_edit_is_laid_over_its_original(server: Client) -> None:
+    """Scaled by a node of the host, with another tone and a white square in it."""
+    graph = {
+        **base(),
+        "square": node("EmptyImage", width=24, height=20, batch_size=1, color=0xFFFFFF),
+        "edit": node(
+            "ImageCompositeMasked", destination=["picture", 0], source=["square", 0], x=60, y=70, resize_source=False
+        ),
+        "toned": node("ImageBlend", image1=["edit", 0], image2=["edit", 0], blend_factor=0.1, blend_mode="multiply"),
+        "moved": node(
+            "ImageScale", image=["toned", 0], width=208, height=160, upscale_method="lanczos", crop="disabled"
+        ),
+        "align": aligned(),
+        "said": node("PreviewAny", source=["align", 3]),
+        "save": node("PreviewImage", images=["align", 0]),
+        "save picture": node("PreviewImage", images=["picture", 0]),
+        "as picture": node("MaskToImage", mask=["align", 2]),
+        "save mask": node("PreviewImage", images=["as picture", 0]),
+    }
+    made = server.run(graph)
+    result, original, mask = (picture(made.images[name][0]) for name in ("save", "save picture", "save mask"))
+    taken = mask[..., 0] > 0
+    assert taken[70:90, 60:84].all() and taken.mean() < 0.15
+    assert np.array_equal(result[~taken], original[~taken]) and result[75:85, 65:79].min() > 0.9 * result.max()
+
+
+def test_two_pictures_that_have_nothing_in_common(server: Client, comfyui: Server) -> None:
+    graph = {
+        **base(),
+        "moved": node("TrueFillExamplePhoto", photo="toy scene"),
+        "align": aligned(),
+        "save": node("PreviewImage", images=["align", 0]),
+        "save edit": node("PreviewImage", images=["moved", 0]),
+    }
+    made = server.run(graph)
+    assert np.array_equal(picture(made.images["save"][0]), picture(made.images["save edit"][0]))
+    assert "Align Edit: the two pictures have nothing in common" in comfyui.log.read_text(encoding="utf-8")
 
 
 def base() -> dict[str, Any]:

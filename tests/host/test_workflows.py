@@ -49,7 +49,14 @@ def input_specs(info: dict[str, Any]) -> dict[str, tuple[Any, dict[str, Any]]]:
     for section in ("required", "optional"):
         for name in info["input_order"].get(section, []):
             kind, *options = info["input"][section][name]
-            specs[name] = (kind, options[0] if options else {})
+            settings = options[0] if options else {}
+            specs[name] = (kind, settings)
+            if kind == "COMFY_AUTOGROW_V3":
+                # As many inputs as are linked: images.image0, images.image1 ...
+                template = settings["template"]
+                ((grown, *_),) = template["input"]["required"].values()
+                for number in range(template["max"]):
+                    specs[f"{name}.{template['prefix']}{number}"] = (grown, {})
     return specs
 
 

@@ -156,6 +156,7 @@ class Langevin:
         hole = torch.ones_like(x) if denoise_mask is None else (denoise_mask > 0.5).float()
         level = sigma.reshape(-1, *[1] * (x.ndim - 1))
         known = level * self._noise + (1.0 - level) * self._latent
+        guided = x
         for _ in range(2):
             guided, barely = self.inner_model(x, sigma, model_options=further["model_options"], seed=further["seed"])
             x = hole * (x + 0.1 * (guided - x)) + (1.0 - hole) * (known + 0.1 * (barely - x))
