@@ -24,7 +24,10 @@ _COARSEST = 64
 _COARSE_STEPS = (*(1.0,) * 4, *(0.5,) * 4, *(0.2,) * 4, *(0.1,) * 13)
 _FINE_STEPS = (0.5, 0.2, *(0.1,) * 8)
 """What is allowed for in each step: so many pixels' shift. Less and less, so that what changed is told from what moved."""
-_LEAST_SHARE = 0.15
+_FARTHEST_STEP, _MOST = 4.0, 0.15
+"""Of one step, in pixels; and by which part a scale may change, and twice that a shift in halves of a side."""
+_TRIES = 4
+_LEAST_SHARE = 0.1
 """Of the parts of a picture that show something, how many have to be found again."""
 
 
@@ -66,16 +69,19 @@ def find_alignment(
         height, width = height // 2, width // 2
     levels = [_Level(original, edited, changed, size) for size in reversed(sizes)]
     finer = levels[min(1, len(levels) - 1)]
-    tried = [finer.refined(levels[0].refined(start, _COARSE_STEPS), _COARSE_STEPS) for start in _starts(finer)]
-    best = min(tried, key=finer.disagreement)
-    for level in levels[2:]:
-        best = level.refined(best, _FINE_STEPS)
-    shown, found = levels[-1].found_again(best)
-    if not shown:
-        return Alignment()
-    if found < _LEAST_SHARE * shown:
-        return None
-    return Alignment((float(best[0]), float(best[1])), (float(best[2]), float(best[3])))
+    starts = _starts(levels[min(2, len(levels) - 1)])
+    tried = [finer.refined(levels[0].refined(start, _COARSE_STEPS), _COARSE_STEPS) for start in starts]
+    tried += [finer.refined(start, _COARSE_STEPS) for start in starts]
+    for begun in _apart(sorted(tried, key=finer.disagreement), finer.size)[:_TRIES]:
+        best = begun
+        for level in levels[2:]:
+            best = level.refined(best, _FINE_STEPS)
+        shown, found = levels[-1].found_again(best)
+        if not shown:
+            return Alignment()
+        if found >= _LEAST_SHARE * shown:
+            return Alignment((float(best[0]), float(best[1])), (float(best[2]), float(best[3])))
+    return None
 
 
 def aligned(edited: torch.Tensor, alignment: Alignment, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,6 +122,16 @@ def _starts(level: _Level) -> list[torch.Tensor]:
         for x, y in ((1.0, ratio), (1.0 / ratio, 1.0)):
             starts.append(torch.tensor([x, y, 0.0, 0.0], dtype=torch.float64))
     return starts
+
+
+def _apart(places: list[torch.Tensor], size: tuple[int, int]) -> list[torch.Tensor]:
+    """Those that are half a pixel or more from all before them."""
+    half = torch.tensor([size[1] / 2, size[0] / 2] * 2, dtype=torch.float64)
+    kept: list[torch.Tensor] = []
+    for place in places:
+        if all(float(((place - other).abs() * half).max()) > 0.5 for other in kept):
+            kept.append(place)
+    return kept
 
 
 def _phase_shift(original: np.ndarray, edited: np.ndarray) -> tuple[float, float]:
@@ -167,9 +183,10 @@ class _Level:
         self._steepness = self._gradient.square().sum(dim=(0, 1)).sqrt()
 
     def refined(self, parameters: torch.Tensor, steps: Sequence[float]) -> torch.Tensor:
-        """Gauss-Newton from there, [4]: scale along x and y, shift along x and y."""
+        """Gauss-Newton from there, [4]: scale along x and y, shift along x and y. What goes astray stays where it was."""
         u = _centres(self.size[1])[None, :].float(), _centres(self.size[0])[:, None].float()
         half = torch.tensor([self.size[1] / 2, self.size[0] / 2] * 2, dtype=torch.float64)
+        start = parameters
         tone: _Tone | None = None
         for off_by in steps:
             found = self._compared(parameters, off_by, tone)
@@ -185,15 +202,22 @@ class _Level:
             wanted = (weighted @ found.error.flatten()).double()
             matrix += 1e-9 * matrix.diagonal().max().clamp_min(1e-12) * torch.eye(4, dtype=torch.float64)
             update = torch.linalg.solve(matrix, wanted)
+            # Far away the steps are of little worth.
+            update *= min(1.0, _FARTHEST_STEP / max(float((update.abs() * half).max()), 1e-9))
             parameters = parameters - update
+            if not bool(
+                ((parameters[:2] - start[:2]).abs() < _MOST).all() and (parameters[2:].abs() < 2 * _MOST).all()
+            ):
+                return start
             if float((update.abs() * half).max()) < 2e-3 and off_by == steps[-1]:
                 break
         return parameters
 
     def disagreement(self, parameters: torch.Tensor) -> float:
-        """How much of what is looked at has no counterpart there, 0 to 1."""
-        found = self._compared(parameters, 0.2, None)
-        return 1.0 if found is None else 1.0 - float(found.weight.sum() / self._looked_at.sum().clamp_min(1.0))
+        """How much of the slopes that are looked at has no counterpart there, 0 to 1."""
+        found = self._compared(parameters, 0.5, None)
+        slopes = self._steepness * self._looked_at
+        return 1.0 if found is None else 1.0 - float((found.weight * slopes).sum() / slopes.sum().clamp_min(1e-9))
 
     def _compared(self, parameters: torch.Tensor, off_by: float, tone: _Tone | None) -> _Comparison | None:
         """The pictures against each other; a pixel may be off by what a shift of `off_by` pixels makes of the gradient there.
