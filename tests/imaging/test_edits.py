@@ -149,6 +149,18 @@ def test_a_change_alone_is_not_resampled() -> None:
     assert torch.equal(found.composite[:, ~taken], original[:, ~taken])
 
 
+def test_an_edit_of_another_shape_may_be_cut_instead_of_stretched() -> None:
+    original = photo("coffee")
+    made = torch.where(disc(0.1), photo("coffee").flip(0, -1), original)[None, :, :, 40:600]
+    made = torch.nn.functional.interpolate(made, size=(504, 588), mode="bicubic", antialias=True)[0].clamp(0.0, 1.0)
+    found = edits.take_edit(original, made)
+    assert found.alignment is not None
+    assert abs(found.alignment.scale[0] / (640 / 560) - 1) <= 2e-4 and abs(found.alignment.scale[1] - 1) <= 2e-4
+    taken = found.mask > 0
+    assert torch.equal(found.composite[:, ~taken], original[:, ~taken]) and bool(taken[disc(0.09)].all())
+    assert not taken[:, :38].any() and not taken[:, 602:].any()
+
+
 @pytest.mark.quick
 def test_a_given_mask_is_what_is_taken() -> None:
     original, inside = photo("coffee"), disc(0.1)
