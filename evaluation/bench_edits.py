@@ -9,8 +9,8 @@ templates those that look like one, where they are installed.
 - touched: the share of the pixels farther than 24 from the change that are not the original's any more; by: their mean error in
   levels. missed: the share of the change that is not in the picture that comes out.
 
-Beside it is what a graph without this node does: the edit as it is; the edit with the original's mean and deviation of each channel
-(a usual color match); and the original with what differs by more than 25 levels from that, widened by 8 pixels.
+Beside it is what a graph without this node does: the edit as it is; the edit with the original's mean and deviation of each
+channel (a usual color match); and the original with what differs by more than 25 levels from that, widened by 8 pixels.
 
     python dev.py bench edits [--pictures 6] [--edits 6] [--size 768] [--json FILE] [--grid FILE.jpg]
 """

@@ -46,7 +46,8 @@ class EditSettings:
 class Edit:
     """aligned [3, H, W]: the edit over the original, in its tone. mask [H, W] in [0, 1]: how much of it is taken into composite.
 
-    alignment: None where the pictures have nothing in common; then aligned and composite are the edit as it was, of its own size.
+    alignment: None where the pictures have nothing in common; then aligned is the edit as it was, of its own size, and composite
+    the edit at the original's size.
     tone: by how many levels of 255 the edit's tone was off where nothing changed. changed: the share of the picture.
     """
 
@@ -71,7 +72,7 @@ def take_edit(
     given = None if mask is None else resize_mask(mask, size)[0, 0].to(original.device)
     alignment = find_alignment(original, edited, given)
     if alignment is None:
-        return Edit(edited, torch.ones(edited.shape[-2:]), edited, None, 0.0, 1.0)
+        return Edit(edited, torch.ones(size), _at_size(edited, size), None, 0.0, 1.0)
     moved, inside = aligned(edited.to(original), alignment, size)
     known = inside if given is None else inside & (given <= 0)
     tone = 0.0
@@ -103,8 +104,8 @@ def align_edits(
 ) -> Edits:
     """`take_edit` for batches as the host has them, [B, H, W, 3 or 4]; a batch of 1 goes with every picture.
 
-    The originals' alpha stays, the edits' is not looked at. An edit that has nothing in common with its original comes back
-    as it was; in a batch with others it is brought to their size. Raises ValueError for batches that don't go together.
+    The originals' alpha stays, the edits' is not looked at. Of a batch in which only some edits have something in common with
+    their originals, aligned are all of the originals' size. Raises ValueError for batches that don't go together.
     """
     counts = {"original": len(originals), "edited": len(edited)} | ({} if mask is None else {"mask": len(_masks(mask))})
     count = common_count(**counts)
@@ -117,26 +118,24 @@ def align_edits(
     report = [_said(edit, (originals.shape[1], originals.shape[2])) for edit in found]
     if count > 1:
         report = [f"{number}: {line}" for number, line in enumerate(report, 1)]
-    size = found[0].composite.shape[-2:] if all(edit.alignment is None for edit in found) else originals.shape[1:3]
-    pictures, whole = (
-        torch.stack([_at_size(plane, size) for plane in planes]).movedim(1, -1).contiguous()
-        for planes in ([edit.composite for edit in found], [edit.aligned for edit in found])
-    )
-    if originals.shape[-1] == 4 and tuple(size) == tuple(originals.shape[1:3]):
-        alpha = originals[..., 3:].expand(count, -1, -1, -1).to(pictures)
-        pictures = torch.cat((pictures, alpha), dim=-1)
-    taken = torch.stack([_at_size(edit.mask[None], size)[0] for edit in found])
-    return Edits(pictures, whole, taken, "\n".join(report))
+    pictures, whole, taken = ([getattr(edit, of) for edit in found] for of in ("composite", "aligned", "mask"))
+    if any(edit.alignment is not None for edit in found):
+        whole = [_at_size(planes, (originals.shape[1], originals.shape[2])) for planes in whole]
+    made, all_of_it = (torch.stack(planes).movedim(1, -1).contiguous() for planes in (pictures, whole))
+    if originals.shape[-1] == 4:
+        alpha = originals[..., 3:].expand(count, -1, -1, -1).to(made)
+        made = torch.cat((made, alpha), dim=-1)
+    return Edits(made, all_of_it, torch.stack(taken), "\n".join(report))
 
 
 def _masks(mask: torch.Tensor) -> torch.Tensor:
     return mask[None] if mask.ndim == 2 else mask
 
 
-def _at_size(planes: torch.Tensor, size: torch.Size) -> torch.Tensor:
-    if tuple(planes.shape[-2:]) == tuple(size):
+def _at_size(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    if tuple(planes.shape[-2:]) == size:
         return planes
-    return resampled(planes[None], (size[0], size[1]), "bicubic")[0].clamp(0.0, 1.0)
+    return resampled(planes[None].float(), size, "bicubic")[0].clamp(0.0, 1.0).to(planes)
 
 
 def _said(edit: Edit, size: tuple[int, int]) -> str:

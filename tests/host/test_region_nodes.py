@@ -92,7 +92,7 @@ def test_two_pictures_that_have_nothing_in_common(server: Client, comfyui: Serve
         **base(),
         "moved": node("TrueFillExamplePhoto", photo="toy scene"),
         "align": aligned(),
-        "save": node("PreviewImage", images=["align", 0]),
+        "save": node("PreviewImage", images=["align", 1]),
         "save edit": node("PreviewImage", images=["moved", 0]),
     }
     made = server.run(graph)

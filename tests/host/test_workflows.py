@@ -25,6 +25,7 @@ GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 FIRST = "try_without_downloads"
 # It makes data, and no picture.
 DATA = "subject_data"
+EDIT = "align_edit_flux2_klein"
 # Nodes of the editor alone, which the API format leaves out.
 NOTES = ("Note", "MarkdownNote")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
@@ -130,7 +131,7 @@ def test_both_formats_are_the_same_graph(name: str, served: Server) -> None:
     assert to_api(editor_graph(name), served.client.object_info()) == api_graph(name)
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name not in (FIRST, DATA)])
+@pytest.mark.parametrize("name", [name for name in GRAPHS if name not in (FIRST, DATA, EDIT)])
 def test_graph_runs_and_changes_nothing_outside_the_hole(name: str, server: Client, named_models: None) -> None:
     run_and_look_outside_the_hole(name, server)
 
@@ -138,6 +139,34 @@ def test_graph_runs_and_changes_nothing_outside_the_hole(name: str, server: Clie
 @pytest.mark.quick
 def test_the_first_graph_runs_where_there_are_no_models(served: Server) -> None:
     run_and_look_outside_the_hole(FIRST, served.client)
+
+
+def test_the_graph_of_an_edit_keeps_the_photo_but_for_the_change(server: Client, named_models: None) -> None:
+    graph = copy.deepcopy(api_graph(EDIT))
+    for scale in every(graph, "ImageScaleToTotalPixels"):
+        scale["megapixels"] = 0.06
+    (align,) = every(graph, "TrueFillAlignEdit")
+    (align_id,) = (key for key, node in graph.items() if node["class_type"] == "TrueFillAlignEdit")
+    (save,) = (key for key, node in graph.items() if node["class_type"] == "SaveImage")
+    graph["photo"] = {"class_type": "PreviewImage", "inputs": {"images": align["original"]}}
+    graph["edit"] = {"class_type": "PreviewImage", "inputs": {"images": align["edited"]}}
+    graph["aligned"] = {"class_type": "PreviewImage", "inputs": {"images": [align_id, 1]}}
+
+    def shown() -> dict[str, np.ndarray]:
+        made = server.run(graph).images
+        return {name: np.asarray(Image.open(io.BytesIO(made[name][0]))) for name in ("photo", "edit", "aligned", save)}
+
+    pictures = shown()
+    # A network that has learned nothing draws something else: that is left as it is.
+    assert np.array_equal(pictures["aligned"], pictures["edit"])
+    assert pictures[save].shape == pictures["photo"].shape and not np.array_equal(pictures[save], pictures["photo"])
+    # One that gives the picture back changes nothing, though it answers in another size.
+    (scaled,) = (key for key, node in graph.items() if node["class_type"] == "ImageScaleToTotalPixels")
+    align["edited"] = [scaled, 0]
+    graph["edit"]["inputs"]["images"] = [scaled, 0]
+    pictures = shown()
+    assert pictures["edit"].shape != pictures["photo"].shape
+    assert np.array_equal(pictures[save], pictures["photo"])
 
 
 def test_the_graph_for_training_data_writes_a_folder_that_the_training_reads(
