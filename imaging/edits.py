@@ -25,6 +25,8 @@ _CERTAIN, _POSSIBLE = 8.0, 3.0
 """Times the noise: where a change begins, and how far it goes on."""
 _LEAST_NOISE, _LEAST_BLUR = 0.7 * LEVEL, 0.06
 """What counts as noise at least: rounding, and at an edge what a shift by so many pixels would make."""
+_SAMPLES = 200_000
+"""Pixels, about, by which a tone is found."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,11 @@ def match_tone(edited: torch.Tensor, original: torch.Tensor, known: torch.Tensor
     It stays as it is, bit for bit, where it is off by less than a tenth of a level.
     """
     of, to = (_blurred(picture, 1.5) for picture in (edited, original))
-    inside = known.cpu().numpy().ravel()
-    features, wanted = _features(of.reshape(3, -1))[:, inside], to.reshape(3, -1)[:, inside]
-    if wanted.shape[1] < 256:
+    places = np.flatnonzero(known.cpu().numpy())
+    if len(places) < 256:
         return edited, 0.0
+    places = places[:: max(1, len(places) // _SAMPLES)]
+    features, wanted = _features(of.reshape(3, -1)[:, places]), to.reshape(3, -1)[:, places].astype(np.float64)
     identity = np.eye(features.shape[0])[:3]
     # At first a change of brightness alone: what the edit has changed must not decide.
     map_, weight = identity, np.ones(wanted.shape[1])
@@ -172,9 +175,9 @@ def match_tone(edited: torch.Tensor, original: torch.Tensor, known: torch.Tensor
     tone = float(np.sqrt((change**2).mean())) / LEVEL
     if tone < 0.1:
         return edited, tone
-    planes = edited.cpu().double().numpy()
-    mapped = (map_ @ _features(planes.reshape(3, -1))).reshape(planes.shape)
-    return torch.from_numpy(mapped).clamp(0.0, 1.0).to(edited), tone
+    linear, square, offset = (torch.from_numpy(part).to(edited) for part in np.split(map_, (3, 6), axis=1))
+    mapped = torch.einsum("oc,chw->ohw", linear, edited) + torch.einsum("oc,chw->ohw", square, edited.square())
+    return (mapped + offset[:, :, None]).clamp(0.0, 1.0), tone
 
 
 def changes(
@@ -189,8 +192,11 @@ def changes(
     # So does its last rim, which has looked beyond the border.
     within = np.asarray(ndimage.binary_erosion(inside.cpu().numpy(), iterations=3, border_value=True), dtype=bool)
     difference = np.sqrt(ndimage.gaussian_filter(((one - other) ** 2).mean(axis=0), 1.0))
-    slopes = [ndimage.convolve1d(plane, (0.5, 0.0, -0.5), axis, mode="nearest") for plane in other for axis in (0, 1)]
-    slope = ndimage.maximum_filter(np.sqrt((np.stack(slopes) ** 2).sum(axis=0) / 3.0), 5)
+    squares = np.zeros_like(difference)
+    for plane in other:
+        for axis in (0, 1):
+            squares += ndimage.convolve1d(plane, (0.5, 0.0, -0.5), axis, mode="nearest") ** 2 / 3.0
+    slope = ndimage.maximum_filter(np.sqrt(squares), 5)
     certain = np.zeros_like(within)
     noise = np.ones_like(difference)
     for _ in range(4):
@@ -213,11 +219,12 @@ def changes(
 
 
 def _blurred(picture: torch.Tensor, deviation: float) -> np.ndarray:
-    return np.stack([ndimage.gaussian_filter(plane, deviation) for plane in picture.cpu().double().numpy()])
+    return np.stack([ndimage.gaussian_filter(plane, deviation) for plane in picture.cpu().float().numpy()])
 
 
 def _features(colors: np.ndarray) -> np.ndarray:
-    """Of colors [3, n]: themselves, their squares and 1, [7, n]."""
+    """Of colors [3, n]: themselves, their squares and 1, [7, n], in double precision."""
+    colors = colors.astype(np.float64)
     return np.concatenate((colors, colors**2, np.ones((1, colors.shape[1]))))
 
 
