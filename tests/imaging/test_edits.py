@@ -137,6 +137,17 @@ def test_an_edit_that_changed_nothing_gives_the_original() -> None:
     assert not found.mask.any() and found.changed == 0 and found.tone < 1e-6
 
 
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_loss_of_the_finest_detail_is_no_change(name: str) -> None:
+    """As a VAE's."""
+    original, inside = photo(name), disc(0.1)
+    smooth = torch.from_numpy(ndimage.gaussian_filter(original.numpy(), (0, 0.8, 0.8)))
+    made = torch.where(inside, photo("coffee").flip(0, -1), smooth)
+    taken = edits.take_edit(original, made).mask > 0
+    around = torch.from_numpy(ndimage.binary_dilation(inside.numpy(), iterations=22))
+    assert bool(taken[disc(0.09)].all()) and float((taken & ~around).float().mean()) < 0.002
+
+
 @pytest.mark.quick
 def test_a_change_alone_is_not_resampled() -> None:
     original, inside = photo("coffee"), disc(0.1)
