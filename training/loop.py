@@ -29,7 +29,10 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a stage is trained. What is listed in IDENTITY has to stay the same when a run is resumed."""
+    """How a stage is trained. What is listed in IDENTITY has to stay the same when a run is resumed.
+
+    muon: the task's matrices by Muon (Jordan et al. 2024, at AdamW's scale as in arXiv 2502.16982), the rest by AdamW.
+    """
 
     steps: int
     batch: int
@@ -42,9 +45,10 @@ class Settings:
     save_every: float = 180.0
     record_every: int = 20
     workers: int = 0
+    muon: bool = False
 
 
-IDENTITY = ("steps", "batch", "learning_rate", "seed", "bfloat16", "ema", "warm_up", "clip")
+IDENTITY = ("steps", "batch", "learning_rate", "seed", "bfloat16", "ema", "warm_up", "clip", "muon")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class Task(ABC):
     name: str
     networks: nn.ModuleDict
     """The networks that are trained, saved and averaged."""
+
+    def matrices(self) -> list[torch.Tensor]:
+        """The weights of hidden linear layers, for Muon."""
+        return []
 
     @abstractmethod
     def batch(self, seed: int, step: int, size: int) -> Batch:
@@ -121,6 +129,19 @@ def _batches(task: Task, settings: Settings, first: int) -> Iterator[Batch]:
     return iter(DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context))
 
 
+def _optimizers(task: Task, parameters: list[torch.Tensor], settings: Settings) -> list[torch.optim.Optimizer]:
+    rate, decay = settings.learning_rate, 0.01
+    matrices = task.matrices() if settings.muon else []
+    own = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in own]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    ]
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
 class Trainer:
     """One stage's run. Its state lies in `folder`: checkpoint.pt, losses.json, losses.png.
 
@@ -137,9 +158,7 @@ class Trainer:
         task.to(device)
         self._parameters: list[torch.Tensor] = list(task.networks.parameters())
         self._average = [parameter.detach().clone() for parameter in self._parameters]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True
-        )
+        self._optimizers = _optimizers(task, self._parameters, settings)
         self.step = 0
         self.restarts: list[int] = []
         self.history: list[dict[str, float]] = []
@@ -176,7 +195,8 @@ class Trainer:
         self.task.networks.load_state_dict(state["networks"])
         for average, name in zip(self._average, dict(self.task.networks.named_parameters()), strict=True):
             average.copy_(state["average"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         self.step, self.history, self._sums = state["step"], state["history"], state["sums"]
 
     def save(self) -> None:
@@ -187,7 +207,7 @@ class Trainer:
             "identity": self._identity(),
             "networks": self.task.networks.state_dict(),
             "average": dict(zip(names, self._average, strict=True)),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "step": self.step,
             "restarts": self.restarts,
             "history": self.history,
@@ -214,12 +234,14 @@ class Trainer:
         generator = torch.Generator().manual_seed(step_seed(settings.seed, self.step))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bfloat16):
             losses = self.task.losses(batch, generator)
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:
+            parameter.grad = None
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(self._parameters, settings.clip)
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, settings)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(self.step, settings)
+            optimizer.step()
         # A young average forgets faster, or the first weights would stay in it for long.
         keep = min(settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

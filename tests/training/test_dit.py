@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -88,10 +90,69 @@ def test_a_perfect_flow_costs_nothing_and_samples_the_picture():
     torch.testing.assert_close(diffusion.flow_euler(perfect, torch.randn(2, 4, 8, 8), 10), clean, atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_lowers_the_loss_and_its_file_is_what_the_host_samples_with(tmp_path):
+def make_task():
     clean = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(5)).half()
     of_both = latents.Latents(clean)
-    task = dit.DitTask(of_both, of_both, vocabulary.world_vocabulary(), shipped.shipped_text(), seed=0)
+    return dit.DitTask(of_both, of_both, vocabulary.world_vocabulary(), shipped.shipped_text(), seed=0)
+
+
+def test_a_coarse_token_lies_in_the_middle_of_the_four_that_it_stands_for(network):
+    places = []
+    handle = network.pe_embedder.register_forward_pre_hook(lambda module, inputs: places.append(inputs[0][0, -64:]))
+    try:
+        with torch.no_grad():
+            dit.predict_flow(network, torch.zeros(1, 4, 16, 16), torch.ones(1), torch.zeros(1, 5, 192), coarse=2)
+            handle.remove()
+            handle = network.pe_embedder.register_forward_pre_hook(
+                lambda module, inputs: places.append(inputs[0][0, -256:])
+            )
+            dit.predict_flow(network, torch.zeros(1, 4, 32, 32), torch.ones(1), torch.zeros(1, 5, 192))
+    finally:
+        handle.remove()
+    coarse, fine = places[0].unflatten(0, (8, 8)), places[1].unflatten(0, (8, 2, 8, 2))
+    torch.testing.assert_close(coarse, fine.mean(dim=(1, 3)))
+
+
+def test_coarse_steps_see_the_mean_of_four_cells_and_no_padding(monkeypatch):
+    task, seen = make_task(), {}
+    monkeypatch.setattr(dit, "COARSE_STEPS", 1)
+    fine, coarse = task.batch(0, 1, 2), task.batch(0, 0, 2)
+    assert fine["latents"].shape[-1] == 32 and fine["labels"].shape[-1] == 16
+    assert coarse["latents"].shape[-1] == 16 and coarse["labels"].shape[-1] == 8
+
+    def keep(network, x, levels, context, coarse):
+        seen[coarse] = context.shape[1]
+        return real(network, x, levels, context, coarse)
+
+    real = dit.predict_flow
+    monkeypatch.setattr(dit, "predict_flow", keep)
+    for batch in (fine, coarse):
+        assert task.losses(batch, torch.Generator().manual_seed(0))["loss"].isfinite()
+    # Up to the end of the longest caption.
+    words = max(int((row != row[-1]).sum()) for row in coarse["rows"])
+    assert seen == {1: 77, 2: words + 1}
+
+
+def test_a_run_with_muon_is_resumed_as_if_it_had_not_stopped(tmp_path):
+    settings = loop.Settings(steps=2, batch=2, learning_rate=1e-3, bfloat16=False, muon=True)
+    runs = []
+    for stops in ((), (1,)):
+        calls = itertools.count()
+        folder = tmp_path / str(len(stops))
+        for stop in (*stops, 99):
+            trainer = loop.Trainer(make_task(), settings, folder, torch.device("cpu"))
+            trainer.train(lambda calls=calls, stop=stop: next(calls) >= stop)
+        assert trainer.step == 2
+        runs.append(trainer.task.network)
+    for one, other in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="has muon True, this one False"):
+        loop.Trainer(make_task(), replace(settings, muon=False), folder, torch.device("cpu"))
+
+
+def test_a_step_lowers_the_loss_and_its_file_is_what_the_host_samples_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(dit, "COARSE_STEPS", 0)
+    task = make_task()
     settings = loop.Settings(steps=8, batch=4, learning_rate=1e-3, bfloat16=False, warm_up=1, ema=0.0)
     trainer = loop.Trainer(task, settings, tmp_path / "dit", torch.device("cpu"))
     before = task.evaluate()["dev_loss"]

@@ -36,7 +36,7 @@ DEFAULTS = {
     "vae": Settings(steps=6_000, batch=8, learning_rate=1e-3),
     "text2image": Settings(steps=15_000, batch=16, learning_rate=1e-3),
     "inpaint": Settings(steps=4_500, batch=16, learning_rate=5e-4),
-    "dit": Settings(steps=12_000, batch=16, learning_rate=1e-3),
+    "dit": Settings(steps=4_500, batch=16, learning_rate=2e-3, muon=True),
     "classifier": Settings(steps=4_000, batch=64, learning_rate=1e-3),
     "segmenter": Settings(steps=8_000, batch=4, learning_rate=5e-4),
     "subject-vision": Settings(steps=1_400, batch=48, learning_rate=1e-3),
