@@ -49,16 +49,21 @@ def _prepare(*tools: str, pinned: bool = False) -> tuple[Path, Path]:
 
 
 def _call(
-    python: Path, folder: Path, *arguments: object, tied: bool = False, variables: Mapping[str, str] | None = None
+    python: Path,
+    folder: Path,
+    *arguments: object,
+    tied: bool = False,
+    variables: Mapping[str, str] | None = None,
+    at: Path = ROOT,
 ) -> int:
-    """Run a program through launch.py in the checkout, with the host's folder in TRUEFILL_HOST; returns its exit code.
+    """Run a program through launch.py in a folder, with the host's folder in TRUEFILL_HOST; returns its exit code.
 
     One that is `tied` gets no standard input and ends with this process.
     """
     environment = os.environ | {"TRUEFILL_HOST": str(folder), "PYTHONUTF8": "1", **(variables or {})}
     environment.pop("PYTHONPATH", None)
     command = launch.command(*(["--tied"] if tied else []), *arguments, python=python)
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE if tied else None)
+    process = subprocess.Popen(command, cwd=at, env=environment, stdin=subprocess.PIPE if tied else None)
     try:
         code = process.wait()
     except KeyboardInterrupt:
@@ -109,6 +114,12 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     return _call(python, folder, "-p", "training.demo.command", *rest)
 
 
+def _batch(options: argparse.Namespace, rest: list[str]) -> int:
+    folder, python = _prepare()
+    # Its arguments name files from where the person is.
+    return _call(python, folder, "-m", "devtools.batch.command", *rest, tied=True, at=Path.cwd())
+
+
 def _comfyui(options: argparse.Namespace, rest: list[str]) -> int:
     folder, python = _prepare()
     return _call(python, folder, "-m", "devtools.editor", options.port, *rest, tied=True)
@@ -140,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("name", nargs="?", default="attention", help="which benchmark (default: attention)")
     bench.add_argument("--json", metavar="FILE", help="write the numbers to this file")
     add("train", _train, "Train a stage of the demo models (vae, text2image, ...); -h after the stage lists options.")
+    add("batch", _batch, "Run the rows of a table through a graph, on one or many ComfyUIs; -h lists options.")
     comfyui = add("comfyui", _comfyui, "Start the editor with the pack; further arguments go to ComfyUI.")
     comfyui.add_argument("--port", type=int, default=0, help="the port to listen on (default: 8188, or a free one)")
     return parser
@@ -148,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
 def _options(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command with its own options, and what goes to the program that it runs."""
     command, rest = arguments[:1], arguments[1:]
+    if command == ["batch"]:
+        return parser.parse_args(command), rest
     if command not in (["test"], ["train"], ["bench"]) or rest in (["-h"], ["--help"]):
         return parser.parse_known_args(arguments)
     # argparse would take others' options for its own, or for mistakes.

@@ -105,8 +105,15 @@ class Client:
         limit = aiohttp.ClientTimeout(total=timeout)
         with self._reached():
             try:
-                async with session.request(method, self.address + path, timeout=limit, **options) as response:
+                async with session.request(
+                    method, self.address + path, timeout=limit, allow_redirects=False, **options
+                ) as response:
                     response.raise_for_status()
+                    if response.status >= 300:
+                        raise ServerGone(
+                            f"{self.address} answers with a redirect to {response.headers.get('Location', 'somewhere')}, which "
+                            "is not followed: name the address of ComfyUI itself."
+                        )
                     return await response.read()
             except asyncio.TimeoutError:
                 raise ServerGone(f"ComfyUI at {self.address} does not answer within {timeout:.0f} seconds.") from None
@@ -134,16 +141,48 @@ class Client:
         """Stop whatever runs."""
         self._ask_once("POST", "/interrupt", json={})
 
-    def view(self, filename: str, subfolder: str = "", kind: str = "output") -> bytes:
+    def view(self, filename: str, subfolder: str = "", kind: str = "output", timeout: float = 60) -> bytes:
         """Fetch one file from the output, temp or input folder."""
-        return self._ask_once("GET", "/view", params={"filename": filename, "subfolder": subfolder, "type": kind})
+        where = {"filename": filename, "subfolder": subfolder, "type": kind}
+        return self._ask_once("GET", "/view", timeout, params=where)
 
-    def upload_image(self, data: bytes, filename: str) -> str:
+    def upload_image(self, data: bytes, filename: str, subfolder: str = "", timeout: float = 60) -> str:
         """Put a picture into the input folder; returns the name for a LoadImage node."""
-        form = aiohttp.FormData({"overwrite": "true"})
+        form = aiohttp.FormData({"overwrite": "true", "subfolder": subfolder})
         form.add_field("image", data, filename=filename)
-        answer = json.loads(self._ask_once("POST", "/upload/image", data=form))
+        answer = json.loads(self._ask_once("POST", "/upload/image", timeout, data=form))
         return f"{answer['subfolder']}/{answer['name']}" if answer.get("subfolder") else answer["name"]
+
+    def waiting(self, timeout: float = 60) -> int:
+        """How many graphs are in the server's queue, the running one included."""
+        return self.get_json("/prompt", timeout)["exec_info"]["queue_remaining"]
+
+    def queue(self, graph: Graph, prompt_id: str, timeout: float = 60) -> None:
+        """Queue a graph in API format under an id, a UUID. Raises GraphRejected where any of its nodes is refused."""
+
+        async def put() -> None:
+            async with aiohttp.ClientSession() as session:
+                await asyncio.wait_for(self._queue(session, graph, {"prompt_id": prompt_id}), timeout)
+
+        try:
+            with self._reached():
+                asyncio.run(put())
+        except asyncio.TimeoutError:
+            raise ServerGone(f"ComfyUI at {self.address} does not answer within {timeout:.0f} seconds.") from None
+
+    def is_queued(self, prompt_id: str, timeout: float = 60) -> bool:
+        """Whether a graph waits or runs."""
+        queues = self.get_json("/queue", timeout)
+        return any(item[1] == prompt_id for name in ("queue_running", "queue_pending") for item in queues[name])
+
+    def history(self, prompt_id: str, timeout: float = 60) -> dict[str, Any] | None:
+        """What has come of a graph; None where it has not ended, or is not known."""
+        return self.get_json(f"/history/{prompt_id}", timeout).get(prompt_id)
+
+    def cancel(self, prompt_id: str, timeout: float = 60) -> None:
+        """Take this graph, and no other, out of the queue or stop it."""
+        self._ask_once("POST", "/queue", timeout, json={"delete": [prompt_id]})
+        self._ask_once("POST", "/interrupt", timeout, json={"prompt_id": prompt_id})
 
     def run(
         self, graph: Graph, on_progress: Callable[[Progress], None] | None = None, timeout: float = 600.0
@@ -164,7 +203,7 @@ class Client:
                     # Previews of pictures are messages too, of any size.
                     async with session.ws_connect(address, max_msg_size=0) as socket:
                         await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
-                        prompt_id = await self._queue(session, graph, client_id)
+                        prompt_id = await self._queue(session, graph, {"client_id": client_id})
                         await self._follow(socket, graph, prompt_id, on_progress, messages)
                 history = json.loads(await self._ask(session, "GET", f"/history/{prompt_id}"))
                 return prompt_id, history[prompt_id]
@@ -186,9 +225,9 @@ class Client:
         status = history["status"]["status_str"]
         return Result(images, status, seconds, prompt_id, history["outputs"], messages)
 
-    async def _queue(self, session: aiohttp.ClientSession, graph: Graph, client_id: str) -> str:
-        body = {"prompt": graph, "client_id": client_id}
-        async with session.post(f"{self.address}/prompt", json=body) as response:
+    async def _queue(self, session: aiohttp.ClientSession, graph: Graph, names: dict[str, str]) -> str:
+        body = {"prompt": graph, **names}
+        async with session.post(f"{self.address}/prompt", json=body, allow_redirects=False) as response:
             text = await response.text(errors="replace")
             try:
                 answer = json.loads(text)

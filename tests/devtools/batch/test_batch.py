@@ -1,0 +1,347 @@
+"""Whole batches on servers that misbehave: nothing is lost, nothing is done twice, nothing mixes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from devtools.batch import command, schedule
+from devtools.batch.cluster import open_cluster
+from devtools.paths import UserError
+from truefill_testing.comfy_stand_in import StandIn, graph
+
+
+@pytest.fixture(autouse=True)
+def short_rests(monkeypatch):
+    monkeypatch.setattr(schedule, "_REST", 0.2)
+    monkeypatch.setattr(schedule, "_LOOK", 0.05)
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """A function that writes a table of so many rows, each with a prompt of its own."""
+    (tmp_path / "graph.json").write_text(json.dumps(graph()))
+
+    def write(count: int, name: str = "jobs.csv", word: str = "row") -> Path:
+        path = tmp_path / name
+        lines = ["name,prompt,seed", *(f"{word} {number},{word} {number},{number}" for number in range(1, count + 1))]
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+def run(table: Path, *servers: StandIn, out: str = "out", **options) -> int:
+    """A batch on servers; returns the exit code."""
+    arguments = [table.parent / "graph.json", table, "--out", table.parent / out, "--answer", 2, "--patience", 3]
+    for name, value in options.items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    if servers:
+        arguments += ["--servers", *(server.address for server in servers)]
+    return command.work_through(command.parse([str(argument) for argument in arguments]))
+
+
+def results(table: Path, out: str = "out") -> list[dict[str, str]]:
+    with (table.parent / out / "results.csv").open(encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def prompts_of(table: Path, out: str = "out") -> dict[str, str]:
+    """What each picture was made of, by the name of its file."""
+    found = {}
+    for path in (table.parent / out / "pictures").iterdir():
+        with Image.open(path) as picture:
+            found[path.stem] = json.loads(picture.text["prompt"])["2"]["inputs"]["prompt"]
+    return found
+
+
+def every(count: int, word: str = "row") -> dict[str, str]:
+    return {f"{word} {number}": f"{word} {number}" for number in range(1, count + 1)}
+
+
+@contextmanager
+def later(seconds: float, act):
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
+def test_every_row_is_done_once_and_no_queue_is_long(jobs, capsys):
+    table = jobs(40)
+    with StandIn(0.01) as one, StandIn(0.01) as other:
+        assert run(table, one, other) == 0
+        assert one.ran + other.ran == {f"row {number}": 1 for number in range(1, 41)}
+        assert max(one.deepest, other.deepest) == 2 and min(one.ran.total(), other.ran.total()) > 5
+        # The same again has nothing to do.
+        assert run(table, one, other) == 0
+        assert (one.ran + other.ran).total() == 40
+    assert "40 of 40 rows are done already" in capsys.readouterr().out
+    assert prompts_of(table) == every(40)
+    found = results(table)
+    assert [(row["row"], row["result"], row["status"], row["seed used"], row["attempts"]) for row in found] == [
+        (str(number), f"row {number}", "done", str(number), "1") for number in range(1, 41)
+    ]
+    assert {row["server"] for row in found} == {one.address, other.address}
+    with Image.open(table.parent / "out" / "results.jpg") as sheet:
+        assert sheet.width > sheet.height > 900
+
+
+def test_a_server_that_dies_and_returns_loses_nothing(jobs):
+    table, until_then = jobs(60), []
+
+    def stop():
+        one.stop()
+        until_then.append(one.ran.total())
+
+    with StandIn(0.03) as one, StandIn(0.03) as other:
+        with later(0.4, stop), later(1.0, one.start):
+            assert run(table, one, other) == 0
+        # It was given rows again.
+        assert one.ran.total() > until_then[0]
+    assert prompts_of(table) == every(60)
+    assert len(results(table)) == 60 and len((table.parent / "out" / "results.jsonl").read_text().splitlines()) == 60
+
+
+def test_a_server_that_hangs_is_left_alone(jobs, monkeypatch):
+    table = jobs(30)
+
+    def hang():
+        one.hangs = True
+
+    with StandIn(0.02) as one, StandIn(0.02) as other:
+        with later(0.2, hang):
+            assert run(table, one, other, answer=0.5) == 0
+        assert other.ran.total() > one.ran.total()
+        one.hangs = False
+    assert prompts_of(table) == every(30)
+
+
+def test_a_server_that_forgets_its_queue_is_asked_again(jobs):
+    table = jobs(20)
+
+    def restart():
+        only.stop()
+        only.start()
+
+    with StandIn(0.05) as only, later(0.3, restart):
+        assert run(table, only) == 0
+    assert prompts_of(table) == every(20)
+
+
+def test_a_row_that_fails_on_one_server_is_done_by_another(jobs):
+    table = jobs(12)
+    errors = {f"row {number}": "OutOfMemoryError" for number in range(1, 13)}
+    with StandIn(fails=errors) as small, StandIn(0.01) as large:
+        assert run(table, small, large) == 0
+        # After three in a row it rests, and does not draw all rows to itself.
+        assert small.ran.total() < 12 and large.ran.total() == 12
+    assert all(row["status"] == "done" and row["server"] == large.address for row in results(table))
+
+
+def test_a_row_that_fails_everywhere_says_why_and_is_tried_again_by_the_next_call(jobs, capsys):
+    table = jobs(5)
+    errors = {"row 3": "ValueError"}
+    with StandIn(fails=errors) as one, StandIn(fails=errors) as other:
+        assert run(table, one, other) == 1
+        assert (one.ran + other.ran)["row 3"] == 2
+        (failed,) = [row for row in results(table) if row["status"] != "done"]
+        assert (failed["result"], failed["attempts"]) == ("row 3", "2")
+        assert failed["error"] == "Node 4 (KSampler) failed with ValueError: no room"
+        assert "row 3 (row 3): Node 4" in capsys.readouterr().out
+        errors.clear()
+        assert run(table, one, other) == 0
+        assert (one.ran + other.ran).total() == 7
+    assert prompts_of(table) == every(5)
+
+
+def test_an_interrupt_leaves_no_queue_and_the_same_command_goes_on(jobs, monkeypatch):
+    table, shown = jobs(30), []
+
+    def show(self, result, places):
+        shown.append(result.number)
+        if len(shown) == 8:
+            raise KeyboardInterrupt
+
+    with StandIn(0.03) as one, StandIn(0.03) as other:
+        with monkeypatch.context() as patch:
+            patch.setattr(command._Console, "show", show)
+            with pytest.raises(KeyboardInterrupt):
+                run(table, one, other)
+        time.sleep(0.2)
+        assert not one._queue and not other._queue
+        done = [row["result"] for row in results(table) if row["status"] == "done"]
+        assert len(done) == 8 and sum(row["status"] == "open" for row in results(table)) == 22
+        # A power cut in the middle of a line.
+        with (table.parent / "out" / "results.jsonl").open("a") as file:
+            file.write('{"number": 9, "na')
+        assert run(table, one, other) == 0
+        assert all((one.ran + other.ran)[name] == 1 for name in done)
+    assert prompts_of(table) == every(30)
+
+
+def test_what_has_changed_is_done_again(jobs):
+    table = jobs(4)
+    with StandIn() as server:
+        assert run(table, server) == 0
+        table.write_text(table.read_text().replace("row 2,row 2", "row 2,a star"))
+        (table.parent / "out" / "pictures" / "row 3.png").unlink()
+        assert run(table, server) == 0
+        assert server.ran == {"row 1": 1, "row 2": 1, "row 3": 2, "row 4": 1, "a star": 1}
+    assert prompts_of(table) == {**every(4), "row 2": "a star"}
+
+
+def test_two_batches_on_the_same_servers_do_not_mix(jobs):
+    mine, theirs = jobs(20, "mine.csv", "mine"), jobs(20, "theirs.csv", "theirs")
+    with StandIn(0.01) as one, StandIn(0.01) as other, ExitStack() as stack:
+        thread = threading.Thread(target=run, args=(theirs, one, other), kwargs={"out": "b"})
+        thread.start()
+        stack.callback(thread.join)
+        assert run(mine, one, other, out="a") == 0
+        thread.join()
+        assert set((one.ran + other.ran).values()) == {1}
+    assert prompts_of(mine, "a") == every(20, "mine") and prompts_of(theirs, "b") == every(20, "theirs")
+
+
+def test_pictures_get_names_of_their_own_and_stay_in_the_folder(tmp_path):
+    (tmp_path / "graph.json").write_text(json.dumps(graph()))
+    for folder, color in (("x", (1, 2, 3)), ("y", (4, 5, 6))):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4), color).save(tmp_path / folder / "photo ü.png")
+    table = tmp_path / "jobs.jsonl"
+    rows = [{"name": "../../up", "image": "x/photo ü.png"}, {"name": "../../up", "image": "y/photo ü.png"}]
+    table.write_text("\n".join(json.dumps(row) for row in rows))
+    with StandIn() as server:
+        assert run(table, server) == 0
+        assert len(server.uploads) == 2
+        folders = {name.partition("/")[0] for name in server.uploads}
+        assert len(folders) == 1 and folders.pop().startswith("truefill-batch-")
+        assert all(name.isascii() and " " not in name for name in server.uploads)
+    files = {path.name: Image.open(path).getpixel((0, 0)) for path in (tmp_path / "out" / "pictures").iterdir()}
+    assert files == {"up.png": (1, 2, 3), "up-2.png": (4, 5, 6)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.json", "jobs.jsonl", "out", "x", "y"]
+
+
+def test_a_row_without_its_picture_fails_alone(tmp_path):
+    (tmp_path / "graph.json").write_text(json.dumps(graph()))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "jobs.csv").write_text("image,prompt\na.png,one\ngone.png,two\na.png,three\n")
+    with StandIn() as server:
+        assert run(tmp_path / "jobs.csv", server) == 1
+        assert server.ran == {"one": 1, "three": 1}
+    assert [row["status"] for row in results(tmp_path / "jobs.csv")] == ["done", "failed", "done"]
+    assert "gone.png can't be read" in results(tmp_path / "jobs.csv")[1]["error"]
+
+
+def test_a_row_that_takes_too_long_is_stopped(jobs):
+    table = jobs(2)
+    with StandIn(5.0) as server:
+        assert run(table, server, timeout=0.5) == 1
+        assert not server._queue
+    assert all(
+        row["error"] == "The graph did not finish within 0 seconds." or "0.5" in row["error"] for row in results(table)
+    )
+
+
+def test_redirects_are_not_followed_and_silence_ends_the_batch(jobs):
+    table = jobs(3)
+    with StandIn() as server:
+        server.redirects = True
+        with pytest.raises(
+            UserError, match=r"No server answers: .* redirect to http://127.0.0.1:9/, which is not followed"
+        ):
+            run(table, server)
+    with (
+        StandIn(0.3) as server,
+        later(0.4, server.stop),
+        pytest.raises(UserError, match="No server has answered for 1 seconds"),
+    ):
+        run(jobs(50), server, patience=1)
+
+
+def test_a_folder_with_strange_results_is_not_written_over(jobs):
+    table = jobs(2)
+    (table.parent / "out").mkdir()
+    (table.parent / "out" / "results.jsonl").write_text("my notes\nmore\n")
+    with (
+        StandIn() as server,
+        pytest.raises(UserError, match=r"results.jsonl, line 1 is no result: remove it"),
+    ):
+        run(table, server)
+
+
+def test_nothing_listens_to_the_network():
+    with open_cluster(None, 2, 1.0):
+        listening = [entry.laddr for entry in psutil.Process().net_connections() if entry.status == psutil.CONN_LISTEN]
+    assert listening and {address.ip for address in listening} == {"127.0.0.1"}
+
+
+def test_without_dask_a_sentence_says_what_to_install(jobs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with StandIn() as server, pytest.raises(UserError, match='pip install "distributed"'):
+        run(jobs(1), server)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--servers", "file:///etc"], "'file:///etc' is no address"),
+        (["--servers", "http://a", "http://a/"], "names a server twice"),
+        (["--local", "0"], "no whole number above 0"),
+        (["--local", "1", "--scheduler", "tcp://a:1"], "leave --scheduler out"),
+        (["--map", "a=b"], "not COLUMN=NODE.INPUT"),
+        (["--timeout", "0"], "are above 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_a_sentence(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        command.parse(["graph.json", "jobs.csv", *arguments])
+    assert said in capsys.readouterr().err
+
+
+def test_a_cluster_that_knows_nothing_of_the_pack_does_the_work(jobs, tmp_path):
+    """Its workers run elsewhere: a process without this checkout on its path, whose own ComfyUI a variable names."""
+    table, place = jobs(6), tmp_path / "scheduler.json"
+    python = [sys.executable, "-m"]
+    loopback = ["--host", "127.0.0.1", "--no-dashboard"]
+    scheduler = ["distributed.cli.dask_scheduler", *loopback, "--port", "0", "--scheduler-file", str(place)]
+    worker = ["distributed.cli.dask_worker", *loopback, "--no-nanny", "--nthreads", "2", "--scheduler-file", str(place)]
+    with StandIn() as server, ExitStack() as stack:
+        variables = {**os.environ, "TRUEFILL_SERVER": server.address}
+        variables.pop("PYTHONPATH", None)
+        for program in (scheduler, worker):
+            process = subprocess.Popen([*python, *program], cwd=tmp_path, env=variables, stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        deadline = time.monotonic() + 60
+        while not place.is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        address = json.loads(place.read_text())["address"]
+        while True:
+            try:
+                assert run(table, scheduler=address) == 0
+                break
+            except UserError as error:
+                # The worker is on its way.
+                assert "no workers" in str(error) and time.monotonic() < deadline
+                time.sleep(0.2)
+        assert server.ran.total() == 6
+    assert prompts_of(table) == every(6)
+
+
+def test_a_scheduler_that_is_not_there_is_a_sentence(jobs):
+    with pytest.raises(UserError, match=r"no Dask scheduler at tcp://127.0.0.1:9"):
+        run(jobs(1), scheduler="tcp://127.0.0.1:9", answer=1)
