@@ -20,9 +20,7 @@ import argparse
 import contextlib
 import os
 import sys
-import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -30,18 +28,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .. import program
-from ..client import Graph, ServerGone
-from ..pack import host_path
+from ..client import ServerGone
+from ..pack import host_path, pack_module
 from ..paths import UserError
 from ..server import Server
 from . import inputs
 from .cluster import Cluster, open_cluster
-from .inputs import Plan, fill_in, make_plan, read_graph, seed_of
-from .record import PICTURES, SHEET, TABLE, Record, Result, row_key
-from .schedule import Done, Place, Scheduler, Task
-from .sheet import write_sheet
+from .console import Console
+from .inputs import make_plan, read_graph
+from .record import Record
+from .rows import Batch, Metric
+from .schedule import Place, Scheduler
 from .table import Row, read_rows
-from .work import DEEPEST, DEFAULT, SERVER, Job, Limits, ask_nodes, new_id, own_server
+from .work import DEEPEST, DEFAULT, SERVER, Limits, ask_nodes, own_server
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,7 +83,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--models", nargs="+", type=Path, default=[], help="with --local: folders laid out as ComfyUI's models"
     )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["background", "demo"],
+        metavar="NAME",
+        help="figures of each result, where it can have them (default: background demo): background, demo (the demo world's "
+        "classifier), clip, local-clip, aesthetic, detector, lpips; or none",
+    )
+    parser.add_argument(
+        "--weights",
+        nargs="+",
+        default=[],
+        type=named_path,
+        metavar="NAME=PATH",
+        help="of metrics: clip, aesthetic, detector, lpips",
+    )
     options = parser.parse_args(arguments)
+    options.metrics = [] if options.metrics == ["none"] else options.metrics
     if options.local and options.scheduler:
         parser.error("--local starts its own cluster: leave --scheduler out.")
     if options.servers and len(set(options.servers)) < len(options.servers):
@@ -115,6 +131,14 @@ def mapping(text: str) -> tuple[str, str]:
     if not equals or not column or "." not in target:
         raise argparse.ArgumentTypeError(f"'{text}' is not COLUMN=NODE.INPUT, such as prompt=12.text")
     return column, target
+
+
+def named_path(text: str) -> tuple[str, Path]:
+    """NAME=PATH."""
+    name, equals, path = text.partition("=")
+    if not equals or not name or not path:
+        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=PATH, such as clip=models/clip-vit-large-patch14")
+    return name, Path(path)
 
 
 @contextlib.contextmanager
@@ -183,106 +207,22 @@ def with_seeds(rows: Sequence[Row], first: int | None) -> list[Row]:
     return [replace(row, values={**row.values, inputs.SEED: first + row.number - 1}) for row in rows]
 
 
-class Batch:
-    """The rows of a table, a graph, and the folder of what comes of them."""
-
-    def __init__(self, graph: Graph, plan: Plan, rows: Sequence[Row], folder: Path, record: Record) -> None:
-        self._graph, self._plan, self._folder, self._record = graph, plan, folder, record
-        self._subfolder = f"truefill-batch-{uuid.uuid4().hex[:12]}"
-        self._rows = {row.number: row for row in rows}
-        self._keys = {row.number: row_key(row, graph, plan, folder) for row in rows}
-        kept = record.read()
-        self.results = {number: kept[key] for number, key in self._keys.items() if record.is_done(kept.get(key))}
-
-    def tasks(self) -> Iterator[Task]:
-        """The rows that are left."""
-        for number in self._rows:
-            if number not in self.results:
-                yield Task(number, lambda number=number: self._job(number))
-
-    def _job(self, number: int) -> Job:
-        graph, uploads = fill_in(self._graph, self._plan, self._rows[number], self._folder)
-        return Job(graph, uploads, new_id(), self._subfolder)
-
-    def take(self, done: Done) -> Result:
-        """Keep what has come of a row."""
-        row, outcome = self._rows[done.task.number], done.outcome
-        files, seed = [], None
-        if outcome.status == "done":
-            files = self._record.save_pictures(row, self._graph, outcome.pictures)
-            graph, _ = fill_in(self._graph, replace(self._plan, targets=self._values()), row, self._folder)
-            seed = seed_of(graph, self._plan)
-        result = Result(
-            row.number,
-            row.name,
-            self._keys[row.number],
-            outcome.status,
-            round(outcome.seconds, 3),
-            done.server,
-            done.task.attempts,
-            seed,
-            outcome.error,
-            files,
-        )
-        self._record.add(result)
-        self.results[row.number] = result
-        return result
-
-    def _values(self) -> dict[str, list[inputs.Target]]:
-        return {column: found for column, found in self._plan.targets.items() if column not in self._plan.pictures}
-
-    def finish(self) -> list[str]:
-        """Write the table and the contact sheet; returns lines for a person."""
-        self._record.write_table(self._rows.values(), self.results)
-        ordered = [self.results[number] for number in sorted(self.results)]
-        pictures = [(result.name, self._record.folder / file) for result in ordered for file in result.files[:1]]
-        shown = write_sheet(self._record.folder / SHEET, pictures)
-        failed = [result for result in ordered if result.status != "done"]
-        lines = [
-            f"{len(ordered) - len(failed)} done, {len(failed)} failed, {len(self._rows) - len(ordered)} left: "
-            f"{self._record.folder / TABLE}"
-        ]
-        lines += [f"  row {result.number} ({result.name}): {result.error}" for result in failed[:10]]
-        if len(failed) > 10:
-            lines.append(f"  and {len(failed) - 10} more")
-        if shown:
-            lines.append(
-                f"Pictures: {self._record.folder / PICTURES}; the first {shown}: {self._record.folder / SHEET}"
-            )
-        return lines
-
-
-class _Console:
-    """A line for a person: rewritten on a terminal, now and then in a log."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._started, self._said = total, time.monotonic(), 0.0
-        self._terminal = sys.stdout.isatty()
-        self._done = self._failed = 0
-
-    def show(self, result: Result, places: Sequence[Place]) -> None:
-        self._done += 1
-        self._failed += result.status != "done"
-        now = time.monotonic()
-        last = self._done == self._total
-        if now - self._said < (0.5 if self._terminal else 10.0) and not last:
-            return
-        self._said = now
-        rate = self._done / max(now - self._started, 1e-9)
-        left = round((self._total - self._done) / rate)
-        away = "".join(f"  [{place.name} away]" for place in places if place.why)
-        line = (
-            f"{self._done}/{self._total}  {60 * rate:.1f} rows/min  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left  "
-            f"{self._failed} failed{away}"
-        )
-        if self._terminal:
-            print(f"\r{line:<110}", end="\n" if last else "", flush=True)
-        else:
-            print(line, flush=True)
+def make_metrics(names: Sequence[str], weights: Mapping[str, Path]) -> dict[str, Metric]:
+    """Metrics by name. Raises UserError for one that is not known, or that lacks its weights, before anything is run."""
+    if not names:
+        return {}
+    module = pack_module("evaluation.picture_metrics")
+    if unknown := [name for name in names if name not in module.METRICS]:
+        raise UserError(f"There is no metric {unknown[0]!r}; there are {', '.join(module.METRICS)}.")
+    try:
+        return {name: module.make_metric(name, weights) for name in names}
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def work_through(options: argparse.Namespace) -> int:
     """Run a batch; returns 1 where a row failed."""
+    metrics = make_metrics(options.metrics, dict(options.weights))
     graph, rows = read_graph(options.graph), with_seeds(read_rows(options.jobs), options.seed)
     folder = options.jobs if options.jobs.is_dir() else options.jobs.parent
     limits = Limits(options.answer, options.timeout)
@@ -300,11 +240,12 @@ def work_through(options: argparse.Namespace) -> int:
         tasks = list(batch.tasks())
         if len(tasks) < len(rows):
             print(f"{len(rows) - len(tasks)} of {len(rows)} rows are done already.", flush=True)
-        console = _Console(len(tasks))
+        console = Console(len(tasks))
         scheduler = Scheduler(cluster, places, limits, options.retries, options.patience)
         try:
             for done in scheduler.run(tasks):
                 console.show(batch.take(done), places)
+            batch.measure(metrics, console.measuring)
         finally:
             print("\n".join(["", *batch.finish()]), flush=True)
     return int(any(result.status != "done" for result in batch.results.values()))

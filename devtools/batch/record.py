@@ -1,4 +1,4 @@
-"""What has come of a batch's rows: results.jsonl, a line for each, and the files it names.
+"""What has come of a batch's rows: results.jsonl, a line for each, the files it names, and metrics.jsonl.
 
 A line is written, and on the disk, before the row counts as done; the same command again begins with what is there. A row that
 failed is tried again then; so is one whose values, graph or pictures are not what they were.
@@ -22,6 +22,7 @@ from .table import Row, file_names
 from .work import Picture
 
 LINES = "results.jsonl"
+FIGURES = "metrics.jsonl"
 TABLE = "results.csv"
 PICTURES = "pictures"
 SHEET = "results.jpg"
@@ -41,7 +42,15 @@ class Result:
     seed: int | None = None
     error: str = ""
     files: list[str] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What metrics say of a row's result: values by name. measured: the metrics, some of which may have had nothing to say."""
+
+    key: str
+    measured: list[str] = field(default_factory=list)
+    values: dict[str, float] = field(default_factory=dict)
 
 
 def row_key(row: Row, graph: Graph, plan: Plan, folder: Path) -> str:
@@ -64,26 +73,32 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-        self._path = folder / LINES
 
-    def read(self) -> dict[str, Result]:
-        """Results by key; of several the last. A line that a power cut left unfinished is none."""
-        if not self._path.is_file():
+    def results(self) -> dict[str, Result]:
+        """By key; of several the last. Raises UserError where the file holds anything else."""
+        return self._read(LINES, Result)
+
+    def figures(self) -> dict[str, Figures]:
+        """The same of metrics."""
+        return self._read(FIGURES, Figures)
+
+    def _read(self, name: str, kind: type[Any]) -> dict[str, Any]:
+        path = self.folder / name
+        if not path.is_file():
             return {}
         found = {}
-        lines = self._path.read_bytes().split(b"\n")
+        lines = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                result = Result(**json.loads(line))
+                entry = kind(**json.loads(line))
             except (ValueError, TypeError) as error:
+                # A power cut left the last one unfinished.
                 if number == len(lines):
                     continue
-                raise UserError(
-                    f"{self._path}, line {number} is no result: remove it, or name another --out."
-                ) from error
-            found[result.key] = result
+                raise UserError(f"{path}, line {number} is no result: remove it, or name another --out.") from error
+            found[entry.key] = entry
         return found
 
     def is_done(self, result: Result | None) -> bool:
@@ -110,22 +125,22 @@ class Record:
             files.append(f"{PICTURES}/{name}")
         return files
 
-    def add(self, result: Result) -> None:
+    def add(self, entry: Result | Figures) -> None:
         """Write a line, and see it onto the disk."""
-        with self._path.open("a+b") as file:
+        with (self.folder / (LINES if isinstance(entry, Result) else FIGURES)).open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
-            file.write(json.dumps(asdict(result), ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(asdict(entry), ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def write_table(self, rows: Iterable[Row], results: dict[int, Result]) -> None:
+    def write_table(self, rows: Iterable[Row], results: dict[int, Result], figures: dict[str, Figures]) -> None:
         """results.csv: the table's columns, and what has come of each row."""
         rows = list(rows)
         columns = list(dict.fromkeys(column for row in rows for column in row.values))
-        metrics = list(dict.fromkeys(name for result in results.values() for name in result.metrics))
+        metrics = list(dict.fromkeys(name for entry in figures.values() for name in entry.values))
         own = ["status", "seconds", "server", "seed used", "attempts", "error", "files"]
         with (self.folder / TABLE).open("w", encoding="utf-8-sig", newline="") as file:
             writer = csv.writer(file)
@@ -139,5 +154,6 @@ class Record:
                     files = "; ".join(result.files)
                     seed = "" if result.seed is None else result.seed
                     mine = [result.status, seconds, result.server, seed, result.attempts, result.error, files]
-                    mine += [result.metrics.get(name, "") for name in metrics]
+                    measured = figures.get(result.key, Figures(result.key)).values
+                    mine += [measured.get(name, "") for name in metrics]
                 writer.writerow([row.number, row.name, *mine, *(row.values.get(column, "") for column in columns)])

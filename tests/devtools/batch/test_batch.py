@@ -16,8 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
+from devtools import launch
 from devtools.batch import command, schedule
 from devtools.batch.cluster import open_cluster
+from devtools.batch.console import Console
 from devtools.paths import UserError
 from truefill_testing.comfy_stand_in import StandIn, graph
 
@@ -42,14 +44,18 @@ def jobs(tmp_path):
     return write
 
 
-def run(table: Path, *servers: StandIn, out: str = "out", **options) -> int:
-    """A batch on servers; returns the exit code."""
+def command_line(table: Path, *servers: StandIn, out: str = "out", **options) -> list[str]:
     arguments = [table.parent / "graph.json", table, "--out", table.parent / out, "--answer", 2, "--patience", 3]
-    for name, value in options.items():
+    for name, value in {"metrics": "none", **options}.items():
         arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
     if servers:
         arguments += ["--servers", *(server.address for server in servers)]
-    return command.work_through(command.parse([str(argument) for argument in arguments]))
+    return [str(argument) for argument in arguments]
+
+
+def run(*given, **options) -> int:
+    """A batch on servers; returns the exit code."""
+    return command.work_through(command.parse(command_line(*given, **options)))
 
 
 def results(table: Path, out: str = "out") -> list[dict[str, str]]:
@@ -178,7 +184,7 @@ def test_an_interrupt_leaves_no_queue_and_the_same_command_goes_on(jobs, monkeyp
 
     with StandIn(0.03) as one, StandIn(0.03) as other:
         with monkeypatch.context() as patch:
-            patch.setattr(command._Console, "show", show)
+            patch.setattr(Console, "show", show)
             with pytest.raises(KeyboardInterrupt):
                 run(table, one, other)
         time.sleep(0.2)
@@ -205,15 +211,17 @@ def test_what_has_changed_is_done_again(jobs):
 
 
 def test_two_batches_on_the_same_servers_do_not_mix(jobs):
-    mine, theirs = jobs(20, "mine.csv", "mine"), jobs(20, "theirs.csv", "theirs")
-    with StandIn(0.01) as one, StandIn(0.01) as other, ExitStack() as stack:
-        thread = threading.Thread(target=run, args=(theirs, one, other), kwargs={"out": "b"})
-        thread.start()
-        stack.callback(thread.join)
+    mine, theirs = jobs(20, "mine.csv", "mine"), jobs(60, "theirs.csv", "theirs")
+    with StandIn(0.01) as one, StandIn(0.01) as other:
+        arguments = command_line(theirs, one, other, out="b")
+        process = subprocess.Popen(launch.command("-m", "devtools.batch.command", *arguments))
+        # Theirs are at it when mine begin.
+        while not one.ran:
+            time.sleep(0.01)
         assert run(mine, one, other, out="a") == 0
-        thread.join()
+        assert process.wait(60) == 0
         assert set((one.ran + other.ran).values()) == {1}
-    assert prompts_of(mine, "a") == every(20, "mine") and prompts_of(theirs, "b") == every(20, "theirs")
+    assert prompts_of(mine, "a") == every(20, "mine") and prompts_of(theirs, "b") == every(60, "theirs")
 
 
 def test_pictures_get_names_of_their_own_and_stay_in_the_folder(tmp_path):
@@ -345,3 +353,29 @@ def test_a_cluster_that_knows_nothing_of_the_pack_does_the_work(jobs, tmp_path):
 def test_a_scheduler_that_is_not_there_is_a_sentence(jobs):
     with pytest.raises(UserError, match=r"no Dask scheduler at tcp://127.0.0.1:9"):
         run(jobs(1), scheduler="tcp://127.0.0.1:9", answer=1)
+
+
+def test_figures_are_taken_of_what_is_done_and_kept(tmp_path, capsys):
+    (tmp_path / "graph.json").write_text(json.dumps(graph()))
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a.png")
+    hole = Image.new("L", (8, 8))
+    hole.paste(255, (2, 2, 5, 5))
+    hole.save(tmp_path / "m.png")
+    table = tmp_path / "jobs.csv"
+    table.write_text("image,mask,prompt\na.png,m.png,a blue star\na.png,m.png,my cat\n,,no picture\n")
+    with StandIn() as server:
+        assert run(table, server) == 0
+        assert "background max" not in results(table)[0]
+        assert run(table, server, metrics=["background", "demo"]) == 0
+        assert server.ran.total() == 3
+    first, second, third = results(table)
+    # The stand-in gives the picture back.
+    assert first["background max"] == second["background max"] == "0.0" and third["background max"] == ""
+    assert first["as asked (demo)"] == "0.0" and second["as asked (demo)"] == ""
+    assert "background max: 0 (0 to 0, 2 rows)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no metric 'beauty'; there are background, demo, clip"):
+        run(table, metrics="beauty")
+    with pytest.raises(UserError, match=r"CLIP was not named: get it from https://\S+ .* and say --weights clip=PATH"):
+        run(table, metrics="clip")
+    with pytest.raises(UserError, match=r"CLIP is not at /nowhere"):
+        run(table, metrics="clip", weights="clip=/nowhere")
