@@ -168,14 +168,14 @@ class _Aesthetic:
     _LINK = "https://github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth)"
 
     def __init__(self, weights: Mapping[str, Path]) -> None:
-        from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+        from transformers import CLIPImageProcessor, CLIPModel
 
         file = _needed(weights, "aesthetic", "The aesthetic predictor", self._LINK)
         folder = _needed(weights, "clip", "CLIP", _CLIP_LINK)
         state = torch.load(file, map_location="cpu", weights_only=True)
         numbers = sorted({int(name.split(".")[1]) for name in state if re.fullmatch(r"layers\.\d+\.weight", name)})
         self._layers = [(state[f"layers.{number}.weight"], state[f"layers.{number}.bias"]) for number in numbers]
-        self._clip = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True).eval()
+        self._clip = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         width = self._clip.config.projection_dim
         if not numbers or self._layers[0][0].shape[1] != width or self._layers[-1][0].shape[0] != 1:
             raise ValueError(
@@ -186,7 +186,8 @@ class _Aesthetic:
     @torch.no_grad()
     def __call__(self, sample: Sample) -> Figures:
         given = self._processor(images=sample.image, return_tensors="pt")
-        x = torch.nn.functional.normalize(self._clip(**given).image_embeds)
+        x = self._clip.visual_projection(self._clip.vision_model(**given).pooler_output)
+        x = torch.nn.functional.normalize(x)
         # Between its linear layers there is nothing but dropout.
         for weight, bias in self._layers:
             x = torch.nn.functional.linear(x, weight.float(), bias.float())
