@@ -28,8 +28,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from devtools.batch.cluster import open_cluster
+from devtools.batch.work import CHECKOUT, in_checkout
 from devtools.launch import command
+from devtools.paths import ROOT
 
 from ..model_patches.hd_painter.rasg import RASG
 from ..training.demo.samples import grid
@@ -56,7 +60,7 @@ GRID_TRIPLETS = 8
 LOG_LINES = 15
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     models = list(accuracy.MODELS)
     known = list(dict.fromkeys(row.name for row in accuracy.methods(models, [0.0])))
@@ -75,6 +79,12 @@ def parse() -> argparse.Namespace:
         "--weights", type=Path, default=FOLDER, help="folder of the demo model's files (default: weights/demo)"
     )
     parser.add_argument("--workers", type=int, help="processes of one thread (default: one a core; 1 on a GPU)")
+    parser.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="a Dask cluster to run on instead; its machines have this checkout, where this one has it or where their variable "
+        f"{CHECKOUT} says",
+    )
     parser.add_argument("--outcomes", type=Path, help="file to keep the outcomes in, and to go on from")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--grid", type=Path, help=f"write the pictures of the first {GRID_TRIPLETS} triplets here")
@@ -82,7 +92,9 @@ def parse() -> argparse.Namespace:
         "--check", action="store_true", help="fail where PAIntA + RASG is below plain by more than noise"
     )
     parser.add_argument("--share", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.scheduler and (options.grid or options.workers):
+        parser.error("--scheduler has workers of its own, and no --grid.")
     if options.check and options.against != PLAIN:
         parser.error("--check compares with plain: leave --against out.")
     if options.grid and options.outcomes:
@@ -150,31 +162,89 @@ def keep(
             yield outcome
 
 
+class Worker:
+    """What makes the pictures of a run, with its models loaded once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options, self._rows = options, tasks(options)
+        self._judge, self._models = Judge(options.weights), accuracy.Models(options.weights)
+        self._sampling = accuracy.KSampling(steps=options.steps, cfg=options.cfg)
+
+    def outcomes(self, index: int, skip: Collection[int]) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        """A triplet's outcomes and pictures [1, H, W, 3], under every method but those of these numbers."""
+        split, task = self._options.split, None
+        for number, method in enumerate(self._rows):
+            if number in skip:
+                continue
+            if method is None:
+                outcome, picture = accuracy.attempt_caption(self._models, split, index, self._sampling, self._judge)
+            else:
+                if task is None or task.model != method.model:
+                    task = accuracy.prepare(self._models, method.model, make_triplet(split, index))
+                outcome, picture = accuracy.attempt(self._models, method, task, index, self._sampling, self._judge)
+            yield {"row": number, **asdict(outcome)}, picture
+
+
 def work(options: argparse.Namespace) -> None:
     """One worker: its share of the triplets under every method, a line of JSON for each picture."""
     share, shares, folder = options.share.split("/", 2)
-    judge = Judge(options.weights)
-    models = accuracy.Models(options.weights)
-    sampling = accuracy.KSampling(steps=options.steps, cfg=options.cfg)
-    rows = tasks(options)
-    done = {(outcome["row"], outcome["index"]) for outcome in kept(options, rows)}
+    worker, done = Worker(options), rows_done(kept(options, tasks(options)))
     for place, index in enumerate(numbers(options)):
         if place % int(shares) != int(share):
             continue
-        task = None
-        for number, method in enumerate(rows):
-            if (number, index) in done:
-                continue
-            if method is None:
-                outcome, picture = accuracy.attempt_caption(models, options.split, index, sampling, judge)
-            else:
-                if task is None or task.model != method.model:
-                    task = accuracy.prepare(models, method.model, make_triplet(options.split, index))
-                outcome, picture = accuracy.attempt(models, method, task, index, sampling, judge)
+        for outcome, picture in worker.outcomes(index, done.get(index, ())):
             if place < GRID_TRIPLETS and options.grid:
                 pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
-                Image.fromarray(pixels).save(Path(folder) / f"{place}-{number}.png")
-            print(json.dumps({"row": number, **asdict(outcome)}), flush=True)
+                Image.fromarray(pixels).save(Path(folder) / f"{place}-{outcome['row']}.png")
+            print(json.dumps(outcome), flush=True)
+
+
+def rows_done(found: Iterable[dict[str, Any]]) -> dict[int, set[int]]:
+    """The rows of outcomes, by index."""
+    done: dict[int, set[int]] = {}
+    for outcome in found:
+        done.setdefault(outcome["index"], set()).add(outcome["row"])
+    return done
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(arguments: tuple[str, ...]) -> Worker:
+    if not torch.cuda.is_available():
+        # As the processes of a run on one machine.
+        torch.set_num_threads(1)
+    return Worker(parse(arguments))
+
+
+def outcomes_of(arguments: tuple[str, ...], index: int, skip: Collection[int]) -> list[dict[str, Any]]:
+    """A triplet's outcomes, on a machine of a cluster; `arguments` are the command line's."""
+    # The host has one model at work at a time.
+    with _ONE_AT_A_TIME:
+        return [outcome for outcome, _ in _worker(arguments).outcomes(index, skip)]
+
+
+def outcomes_of_cluster(options: argparse.Namespace, done: dict[int, set[int]]) -> Iterator[dict[str, Any]]:
+    """The outcomes that are left, from a Dask cluster; raises RuntimeError where one fails."""
+    everything = set(range(len(tasks(options))))
+    left = iter([index for index in numbers(options) if done.get(index, set()) < everything])
+    arguments = tuple(sys.argv[1:])
+    with open_cluster(options.scheduler, 1, 20.0) as cluster:
+        running: set[Any] = set()
+        while True:
+            # A machine that goes takes little with it, and its rows go to another; none waits for its next.
+            for index in islice(left, max(0, 2 * cluster.threads() - len(running))):
+                call = (str(ROOT), MODULE, "outcomes_of", arguments, index, done.get(index, set()))
+                running.add(cluster.submit(in_checkout, *call))
+            if not running:
+                return
+            cluster.wait(running, 1.0)
+            for future in [future for future in running if future.done()]:
+                running.remove(future)
+                if future.status != "finished":
+                    raise RuntimeError(f"The cluster failed: {future.exception()}")
+                yield from future.result()
 
 
 def outcomes(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
@@ -353,6 +423,8 @@ def main() -> int:
     workers = min(workers, len(numbers(options)))
     where = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
     machine = f"{where}, {workers} processes, torch {torch.__version__}"
+    if options.scheduler:
+        machine = f"a Dask cluster at {options.scheduler}"
     rows = tasks(options)
     print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
     with tempfile.TemporaryDirectory() as name:
@@ -360,7 +432,8 @@ def main() -> int:
         done = kept(options, rows)
         left = len(rows) * len(numbers(options)) - len(done)
         try:
-            made = keep(options, rows, outcomes(workers, folder)) if left else ()
+            of = outcomes_of_cluster(options, rows_done(done)) if options.scheduler else outcomes(workers, folder)
+            made = keep(options, rows, of) if left else ()
             found = done + progress(made, left)
         except RuntimeError as error:
             print(f"bench accuracy: {error}", file=sys.stderr)

@@ -28,6 +28,10 @@ class Cluster:
         """The function's result by worker."""
         return self._client.run(*self._sent(function))
 
+    def threads(self) -> int:
+        """How many calls its workers can do at once, as far as they have come."""
+        return sum(self._client.nthreads().values())
+
     def wait(self, futures: Iterable[Any], seconds: float) -> None:
         """Until one has ended, or so long."""
         from distributed import wait

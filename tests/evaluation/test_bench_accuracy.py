@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from devtools.pack import pack_module
+from devtools.pack import host_path, pack_module
+from truefill_testing.dask_cluster import dask_cluster
 
 accuracy = pack_module("evaluation.accuracy")
 bench = pack_module("evaluation.bench_accuracy")
@@ -139,3 +140,39 @@ def test_numbers_out_of_range_are_refused(arguments, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.parse()
     assert "1 or more" in capsys.readouterr().err
+
+
+def test_a_cluster_has_the_outcomes_of_this_machine(monkeypatch, tmp_path, capsys):
+    arguments = [
+        "--triplets",
+        "3",
+        "--seed",
+        "40",
+        "--steps",
+        "2",
+        "--models",
+        "9-channel",
+        "--methods",
+        "plain",
+        "SBC",
+    ]
+
+    def run(name: str, *more: str) -> list[dict]:
+        path = tmp_path / name
+        monkeypatch.setattr("sys.argv", ["bench_accuracy.py", *arguments, *more, "--outcomes", str(path)])
+        assert bench.main() == 0
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            assert line.pop("seconds") > 0
+        return sorted(lines, key=lambda line: (line["index"], line["settings"]["method"]))
+
+    # Two processes of one thread, as on a machine with several cores.
+    here = run("here.jsonl", "--workers", "2")
+    with dask_cluster(tmp_path, workers=2, variables={"TRUEFILL_HOST": str(host_path())}) as address:
+        there = run("there.jsonl", "--scheduler", address)
+        assert len(here) == 6 and there == here
+        # What is kept is not made again.
+        before = (tmp_path / "there.jsonl").read_text()
+        run("there.jsonl", "--scheduler", address)
+        assert (tmp_path / "there.jsonl").read_text() == before
+    assert f"a Dask cluster at {address}" in capsys.readouterr().out

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,6 +21,7 @@ from devtools.batch.cluster import open_cluster
 from devtools.batch.console import Console
 from devtools.paths import UserError
 from truefill_testing.comfy_stand_in import StandIn, graph
+from truefill_testing.dask_cluster import dask_cluster
 
 
 @pytest.fixture(autouse=True)
@@ -322,30 +322,12 @@ def test_options_that_make_no_sense_are_a_sentence(arguments, said, capsys):
 
 def test_a_cluster_that_knows_nothing_of_the_pack_does_the_work(jobs, tmp_path):
     """Its workers run elsewhere: a process without this checkout on its path, whose own ComfyUI a variable names."""
-    table, place = jobs(6), tmp_path / "scheduler.json"
-    python = [sys.executable, "-m"]
-    loopback = ["--host", "127.0.0.1", "--no-dashboard"]
-    scheduler = ["distributed.cli.dask_scheduler", *loopback, "--port", "0", "--scheduler-file", str(place)]
-    worker = ["distributed.cli.dask_worker", *loopback, "--no-nanny", "--nthreads", "2", "--scheduler-file", str(place)]
-    with StandIn() as server, ExitStack() as stack:
-        variables = {**os.environ, "TRUEFILL_SERVER": server.address}
-        variables.pop("PYTHONPATH", None)
-        for program in (scheduler, worker):
-            process = subprocess.Popen([*python, *program], cwd=tmp_path, env=variables, stderr=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-        deadline = time.monotonic() + 60
-        while not place.is_file() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        address = json.loads(place.read_text())["address"]
-        while True:
-            try:
-                assert run(table, scheduler=address) == 0
-                break
-            except UserError as error:
-                # The worker is on its way.
-                assert "no workers" in str(error) and time.monotonic() < deadline
-                time.sleep(0.2)
+    table = jobs(6)
+    with (
+        StandIn() as server,
+        dask_cluster(tmp_path, threads=2, variables={"TRUEFILL_SERVER": server.address}) as address,
+    ):
+        assert run(table, scheduler=address) == 0
         assert server.ran.total() == 6
     assert prompts_of(table) == every(6)
 
