@@ -22,6 +22,7 @@ from comfy_extras.nodes_mask import composite
 
 from ..imaging.fill import fill_pictures
 from ..model_patches.core.diffusion import Sampling
+from ..model_patches.core.joint_attention import LAYERS
 from ..model_patches.core.prompt_tokens import encode_prompt
 from ..model_patches.core.sampling_run import with_method
 from ..model_patches.core.unet_attention import AUTO, GRIDS
@@ -35,7 +36,8 @@ from ..training.world.attributes import COLOURS, PATTERNS, SHAPES, Purpose, gene
 from ..training.world.backgrounds import BACKGROUNDS, PHRASES
 from ..training.world.captions import local_caption
 from ..training.world.triplets import Triplet
-from ..weights.demo_model import FOLDER, load_demo_model
+from ..weights.demo_dit import KIND, load_kind
+from ..weights.demo_model import FOLDER
 from .judge import Judge
 from .metrics import background_change, background_error, seam_visibility
 
@@ -43,7 +45,9 @@ from .metrics import background_change, background_error, seam_visibility
 host_nodes = importlib.import_module("nodes")
 
 MODELS = {"9-channel": "inpainting", "4-channel": "text-to-image"}
-"""The benchmark's names for the demo model's kinds."""
+"""The benchmark's names for the demo model's UNets."""
+TRANSFORMER = KIND
+"""The same of the model without a UNet, which has no RASG."""
 
 
 FILLED = "PILOT, hole blurred"
@@ -91,6 +95,7 @@ class Method:
     choose_at: float = 0.5
     searched: int = 0
     rate: float = NoiseSearch.rate
+    layers: str = "all"
 
     @property
     def name(self) -> str:
@@ -99,11 +104,12 @@ class Method:
         grid = "" if self.grid == AUTO else f" {self.grid}"
         strength = "" if self.strength == 1.0 else f" strength {self.strength:g}"
         rate = "" if self.rate == NoiseSearch.rate else f" rate {self.rate:g}"
+        layers = "" if self.layers == "all" else f" {self.layers}"
         share = "" if self.choose_at == BestStart.choose_at else f" at {self.choose_at:g}"
         parts = (
-            ["PAIntA"] * self.painta
+            [f"PAIntA{layers}"] * self.painta
             + [f"RASG{grid}{strength}"] * (self.eta is not None)
-            + ["SBC"] * self.boundary
+            + [f"SBC{layers}"] * self.boundary
             + [f"best of {self.candidates}{share}"] * (self.candidates > 1)
             + [f"noise search {self.searched}{rate}"] * (self.searched > 0)
         )
@@ -130,6 +136,13 @@ def methods(models: list[str], etas: list[float]) -> list[Method]:
 
 
 def _methods_of(model: str, etas: list[float]) -> list[Method]:
+    if model == TRANSFORMER:
+        return [
+            Method(model),
+            *(Method(model, boundary=True, layers=layers) for layers in LAYERS),
+            *(Method(model, painta=True, layers=layers) for layers in LAYERS),
+            Method(model, painta=True, boundary=True),
+        ]
     combined = [
         Method(model, painta=painta, eta=eta, boundary=boundary)
         for boundary in (False, True)
@@ -164,20 +177,20 @@ class Models:
         self._loaded: dict[str, tuple[ModelPatcher, CLIP, VAE]] = {}
 
     def __getitem__(self, name: str) -> tuple[ModelPatcher, CLIP, VAE]:
-        """MODEL, CLIP and VAE for one of MODELS."""
+        """MODEL, CLIP and VAE for one of MODELS, or TRANSFORMER."""
         if name not in self._loaded:
-            self._loaded[name] = load_demo_model(MODELS[name], self._folder)
+            self._loaded[name] = load_kind(MODELS.get(name, name), self._folder)
         return self._loaded[name]
 
 
 def patched(model: ModelPatcher, method: Method) -> ModelPatcher:
     """A MODEL with a method's patches."""
     if method.painta:
-        model = with_method(model, PAIntA())
+        model = with_method(model, PAIntA(layers=method.layers))
     if method.eta is not None:
         model = with_method(model, RASG(eta=method.eta, grid=method.grid, strength=method.strength))
     if method.boundary:
-        model = with_method(model, SemanticBoundary())
+        model = with_method(model, SemanticBoundary(layers=method.layers))
     if method.candidates > 1:
         starts = BestStart(candidates=method.candidates, choose_at=method.choose_at, announce=lambda text: None)
         model = with_method(model, starts)

@@ -46,6 +46,7 @@ from devtools.paths import ROOT
 from ..model_patches.hd_painter.rasg import RASG
 from ..training.demo.samples import grid
 from ..training.world.triplets import make_triplet
+from ..weights.demo_dit import FILE as DIT_FILE
 from ..weights.demo_model import FILES, FOLDER
 from . import accuracy
 from .judge import Judge
@@ -62,13 +63,13 @@ LOG_LINES = 15
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
-    models = list(accuracy.MODELS)
+    models = [*accuracy.MODELS, accuracy.TRANSFORMER]
     known = list(dict.fromkeys(row.name for row in accuracy.methods(models, [0.0])))
     parser = argparse.ArgumentParser(prog="python dev.py bench accuracy", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--triplets", type=int, default=500, metavar="N", help="how many (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first triplet (default: 0)")
     parser.add_argument("--split", choices=("dev", "test"), default="test", help="default: test")
-    parser.add_argument("--models", nargs="+", choices=models, default=models, help="default: both")
+    parser.add_argument("--models", nargs="+", choices=models, default=list(accuracy.MODELS), help="default: the UNets")
     parser.add_argument("--methods", nargs="+", choices=known, default=list(PAPER), help="default: those of HD-Painter")
     parser.add_argument("--against", choices=known, default=PLAIN, metavar="METHOD", help="default: plain")
     parser.add_argument("--etas", type=float, nargs="+", help="etas for RASG (default: the node's)")
@@ -134,6 +135,8 @@ def kept(options: argparse.Namespace, rows: Sequence[Any]) -> list[dict[str, Any
 def settings(options: argparse.Namespace, row: Any) -> dict[str, Any]:
     """What an outcome depends on besides its index, for the line in which it is kept."""
     common = {"weights": digest(options.weights), "split": options.split, "steps": options.steps, "cfg": options.cfg}
+    if row is not None and row.model == accuracy.TRANSFORMER:
+        common["weights"] += f"-{hashlib.sha256((options.weights / DIT_FILE).read_bytes()).hexdigest()[:12]}"
     return common | ({"captions": True} if row is None else {"model": row.model, "method": row.name, "eta": row.eta})
 
 

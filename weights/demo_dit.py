@@ -7,16 +7,22 @@ text, so that attention is the only way from the prompt to the picture. VAE and 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models
 import torch
 
-from .demo_model import CONTEXT_DIM, host_model
+from .demo_model import CONTEXT_DIM, FOLDER, host_clip, host_model, host_vae, load_demo_model, read, read_file
+from .demo_model import KINDS as UNETS
 
 FILE = "truefill_demo_dit.safetensors"
+KIND = "transformer"
+KINDS = (*UNETS, KIND)
+"""The demo models by the name that a user sees."""
 SHIFT = 0.5
 """Of the noise schedule: Flux's for the 256 tokens that a picture has here."""
 
@@ -50,3 +56,10 @@ class _DemoDit(comfy.supported_models.Flux):
 def host_dit(state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
     """The host's MODEL from the file's state dict. Raises RuntimeError where a key is missing or of another shape."""
     return host_model(_DemoDit({"image_model": "flux", **network_config()}), state)
+
+
+def load_kind(kind: str, folder: Path = FOLDER) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of a demo model; `kind` is one of KINDS. Raises as `load_demo_model`."""
+    if kind != KIND:
+        return load_demo_model(kind, folder)
+    return host_dit(read_file(FILE, folder)), host_clip(read("text", folder)), host_vae(read("vae", folder))
