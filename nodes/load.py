@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..weights.demo_model import KINDS, load_demo_model
+from ..weights.demo_dit import KINDS, load_kind
 
 
 class TrueFillDemoModel(io.ComfyNode):
@@ -26,7 +26,8 @@ class TrueFillDemoModel(io.ComfyNode):
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
-                    tooltip="inpainting: 9 input channels, as SD1.5-inpainting has. text-to-image: 4, as plain SD1.5 has.",
+                    tooltip="inpainting: 9 input channels, as SD1.5-inpainting has. text-to-image: 4, as plain SD1.5 has. "
+                    "transformer: no UNet, as Flux, of whose class it is; a CFG of 4 suits it.",
                 )
             ],
             outputs=[
@@ -40,7 +41,7 @@ class TrueFillDemoModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, kind: str) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_model(kind))
+        return io.NodeOutput(*load_kind(kind))
 
 
 NODES = [TrueFillDemoModel]

@@ -7,6 +7,7 @@ NAME_1.mask.png ... are several holes in NAME.png, as Save Subjects writes them.
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import re
 import unicodedata
@@ -55,7 +56,8 @@ def read_rows(path: Path) -> list[Row]:
             raise UserError(f"{path.name} is not text in UTF-8: save it as UTF-8 ({error.reason}).") from error
     if not found:
         raise UserError(f"{path} has no rows.")
-    names = file_names([str(values.get(NAME, "")) or f"{number:05d}" for number, values in enumerate(found, 1)])
+    given = ["" if values.get(NAME) is None else str(values[NAME]) for values in found]
+    names = file_names([name or f"{number:05d}" for number, name in enumerate(given, 1)])
     return [
         Row(number, name, {column: value for column, value in values.items() if value not in (None, "")})
         for number, (name, values) in enumerate(zip(names, found, strict=True), 1)
@@ -98,15 +100,14 @@ def _jsonl(path: Path) -> list[dict[str, Any]]:
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
+        arrow, parquet = (importlib.import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
     except ImportError:
         raise UserError(
             "Parquet needs pyarrow, which is not installed: `pip install pyarrow`, or save the table as .csv."
         ) from None
     try:
-        return read_table(path).to_pylist()
-    except ArrowException as error:
+        return parquet.read_table(path).to_pylist()
+    except arrow.ArrowException as error:
         raise UserError(f"{path.name} is no Parquet table: {error}.") from error
 
 

@@ -139,10 +139,11 @@ def test_a_run_with_muon_is_resumed_as_if_it_had_not_stopped(tmp_path):
     for stops in ((), (1,)):
         calls = itertools.count()
         folder = tmp_path / str(len(stops))
+        trainer = None
         for stop in (*stops, 99):
             trainer = loop.Trainer(make_task(), settings, folder, torch.device("cpu"))
             trainer.train(lambda calls=calls, stop=stop: next(calls) >= stop)
-        assert trainer.step == 2
+        assert trainer is not None and trainer.step == 2
         runs.append(trainer.task.network)
     for one, other in zip(runs[0].parameters(), runs[1].parameters(), strict=True):
         assert torch.equal(one, other)

@@ -25,7 +25,7 @@ def write(folder: Path, name: str, text: str) -> Path:
     [
         ("a.csv", '\ufeffname,prompt,seed\n"x, y","a\nb",3\n,"",\n'),
         ("a.tsv", 'name\tprompt\tseed\nx, y\t"a\nb"\t3\n\t\t\n'),
-        ("a.jsonl", '{"name": "x, y", "prompt": "a\\nb", "seed": "3"}\n\n{"prompt": null}\n'),
+        ("a.jsonl", '{"name": "x, y", "prompt": "a\\nb", "seed": "3"}\n\n{"name": null, "prompt": null}\n'),
     ],
 )
 def test_tables_of_every_kind_are_read_alike(tmp_path, name, text):
