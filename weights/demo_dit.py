@@ -60,6 +60,8 @@ def host_dit(state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatc
 
 def load_kind(kind: str, folder: Path = FOLDER) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE of a demo model; `kind` is one of KINDS. Raises as `load_demo_model`."""
+    if kind not in KINDS:
+        raise ValueError(f"There is no demo model '{kind}'; there are: {', '.join(KINDS)}.")
     if kind != KIND:
         return load_demo_model(kind, folder)
     return host_dit(read_file(FILE, folder)), host_clip(read("text", folder)), host_vae(read("vae", folder))

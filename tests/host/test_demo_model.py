@@ -101,6 +101,23 @@ def test_it_fills_a_hole_and_our_nodes_change_what_it_fills_it_with(server: Clie
         seen.add(result.tobytes())
 
 
+def test_its_transformer_draws_and_takes_what_works_without_a_unet(server: Client) -> None:
+    drawing = text_to_image()
+    drawing["demo"]["inputs"]["kind"] = "transformer"
+    assert picture(server.run(drawing).images["save"][0]).shape == (256, 256, 3)
+    graph = inpainting("transformer")
+    seen = {server.run(graph).images["save"][0]}
+    graph["painta"] = node(
+        "TrueFillPAIntA", model=["demo", 0], strength=1.0, start_percent=0.0, end_percent=0.5, smooth=True
+    )
+    graph["sbc"] = node("TrueFillSemanticBoundary", model=["painta", 0], strength=1.0)
+    for last in ("painta", "sbc"):
+        graph["sampler"]["inputs"]["model"] = [last, 0]
+        result = server.run(graph).images["save"][0]
+        assert result not in seen, f"{last} changed nothing"
+        seen.add(result)
+
+
 def test_best_start_gives_the_picture_of_one_of_its_seeds(server: Client) -> None:
     graph = inpainting("inpainting")
 
