@@ -8,13 +8,18 @@ Upscale: an ellipse of a quarter of a photograph is made anew from the photograp
 was. Error and detail (the energy of the gradients; 1 is the photograph's) are of the ellipse, the seam of the ellipse widened by
 `expand`. Tiles are the host's, as it takes them where memory is short.
 
+Large: the same with squares of 2048 and 4096 pixels, which photographs and their mirror images fill, so that they are as sharp as
+they were; ellipses of a quarter and of a hundredth. The node enlarges what is around the hole, in the host's tiles where that has
+more than 512 pixels. "all at once" enlarges all of the small picture without tiles; the difference between the two is of the
+widened ellipse. MiB is by how much the process grows.
+
 Objects: the object of a photograph, half as large, is pasted into it somewhere else, and all of it has a tone that isn't the
 photograph's, as if a model had made it. What has to come out is the same in the photograph's tone. The hole ends 16 pixels from
 the object, hard or feathered by 8, or is tight around it. Fills are compared with the photograph in a hole of the object's shape
 somewhere else; "of the object" is by how much a fill changes at the object's own place where the object's colors are inverted,
 with a hole where the mask is above one half, and with one 8 pixels larger.
 
-    python dev.py bench photos [--parts upscale objects] [--photographs cat] [--larger 2048] [--json FILE] [--grid FILE.png]
+    python dev.py bench photos [--parts upscale large objects] [--photographs cat] [--sides 2048] [--json FILE] [--grid FILE.png]
 """
 
 from __future__ import annotations
@@ -55,11 +60,13 @@ from .metrics import seam_visibility
 from .photo_weights import PHOTOGRAPHS, ObjectMasks, photograph, real_esrgan
 from .tables import show_table
 
-PARTS = ("upscale", "objects")
+PARTS = ("upscale", "large", "objects")
 FACTOR = 4
 LAYOUT = Layout()
 TILE, TILE_OVERLAP, TILED_SIDE = 128, 32, 160
 """The host's smallest tile and its overlap, and the side of a picture that needs four of them."""
+SHARE, SMALL_SHARE = 0.25, 0.01
+"""Of a picture, what a hole takes."""
 PLACES = 2
 MARGIN, FEATHER = 16, 8
 HARMONIES = {
@@ -103,10 +110,10 @@ def detail(result: torch.Tensor, truth: torch.Tensor, inside: torch.Tensor) -> f
     return energy(result) / energy(truth)
 
 
-def ellipse(height: int, width: int) -> torch.Tensor:
-    """An ellipse of a quarter of a picture, [1, 1, H, W] of 0 and 1."""
+def ellipse(height: int, width: int, share: float = SHARE) -> torch.Tensor:
+    """An ellipse of so much of a picture, [1, 1, H, W] of 0 and 1."""
     rows, columns = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
-    return (rows**2 + columns**2 <= 1 / np.pi).float()[None, None]
+    return (rows**2 + columns**2 <= 4 * share / np.pi).float()[None, None]
 
 
 def upscale_model() -> Any:
@@ -120,44 +127,62 @@ def upscale_model() -> Any:
     return found
 
 
-def enlarged_to(picture: torch.Tensor, side: int | None) -> torch.Tensor:
-    """A photograph [3, H, W] as [1, 3, h, w] with sides of whole multiples of 4: cut, or the longer one of `side` pixels."""
-    height, width = picture.shape[-2:]
-    ratio = 1.0 if side is None else side / max(height, width)
-    size = tuple(int(length * ratio + 0.5) // FACTOR * FACTOR for length in (height, width))
-    if side is None:
-        return picture[None, :, : size[0], : size[1]]
-    return resampled(picture[None], (size[0], size[1]), "bicubic").clamp(0.0, 1.0)
+def cut_to_multiples(picture: torch.Tensor) -> torch.Tensor:
+    """A photograph [3, H, W] as [1, 3, h, w] with sides of whole multiples of 4."""
+    height, width = (side // FACTOR * FACTOR for side in picture.shape[-2:])
+    return picture[None, :, :height, :width]
+
+
+def mirrored_to(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """A square [1, 3, side, side] of a photograph [3, H, W] and its mirror images, edge pixels not repeated."""
+    for axis in (1, 2):
+        last = picture.shape[axis] - 1
+        picture = picture.index_select(axis, last - (torch.arange(side) % (2 * last) - last).abs())
+    return picture[None]
 
 
 def upscaled(
-    name: str, truth: torch.Tensor, model: Any, harmony: Harmony, is_own_size: bool
+    name: str, truth: torch.Tensor, model: Any, harmony: Harmony, share: float = SHARE, at_once: bool = False
 ) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
-    """The figures of a photograph [1, 3, H, W] and the picture, bicubic and by the model."""
+    """The figures of a photograph [1, 3, H, W] and the picture: bicubic, by the node and, if asked for, `at_once`."""
     height, width = truth.shape[-2:]
-    hole = ellipse(height, width)
+    hole = ellipse(height, width, share)
     made_anew = widened(hole, LAYOUT.expand)[:, None]
     low = resampled(truth, (height // FACTOR, width // FACTOR), "bicubic").clamp(0.0, 1.0)
     # The nodes get a picture whose hole shows nothing of the truth.
     emptied = torch.where(made_anew > 0, 0.5, truth)
+    device = comfy.model_management.get_torch_device()
+
+    def bicubic() -> torch.Tensor:
+        return harmonize(resampled(low, (height, width), "bicubic").clamp(0.0, 1.0), emptied, made_anew, harmony)
+
+    def by_the_node() -> torch.Tensor:
+        pictures = (emptied.movedim(1, -1), low.movedim(1, -1))
+        return upscale_hole(*pictures, hole, None, model, layout=LAYOUT, harmony=harmony).movedim(-1, 1)
+
+    def all_at_once() -> torch.Tensor:
+        comfy.model_management.load_models_gpu([model.patcher])
+        large = model(low.to(device)).clamp(0.0, 1.0).to(low)
+        return harmonize(large, emptied, made_anew, harmony)
+
+    methods = {"bicubic": bicubic, "Real-ESRGAN": by_the_node} | ({"all at once": all_at_once} if at_once else {})
+    results: dict[str, torch.Tensor] = {}
     seconds: dict[str, float] = {}
-    for method in ("bicubic", "Real-ESRGAN"):
-        with PeakMemory(comfy.model_management.get_torch_device()) as memory:
+    for method, make in methods.items():
+        with PeakMemory(device) as memory:
             started = time.perf_counter()
-            if method == "bicubic":
-                large = resampled(low, (height, width), "bicubic").clamp(0.0, 1.0)
-                result = harmonize(large, emptied, made_anew, harmony)
-            else:
-                pictures = (emptied.movedim(1, -1), low.movedim(1, -1))
-                result = upscale_hole(*pictures, hole, None, model, layout=LAYOUT, harmony=harmony).movedim(-1, 1)
+            result = results[method] = make()
             seconds[method] = time.perf_counter() - started
-        row: dict[str, Any] = {"photograph": name, "size": f"{width}x{height}", "method": method}
+        row: dict[str, Any] = {"photograph": name, "size": f"{width}x{height}", "hole": share, "method": method}
         row |= {"harmonize": harmony.mode, "seam": seam(result, truth, made_anew)}
-        if is_own_size:
-            row |= {"detail": detail(result, truth, hole), "error": error(result, truth, hole)}
+        row |= {"detail": detail(result, truth, hole), "error": error(result, truth, hole)}
         row |= outside(truth, result, made_anew)
         row |= {"seconds": seconds[method], "x bicubic": seconds[method] / seconds["bicubic"]}
-        yield row | {"MiB": memory.bytes / 2**20}, result
+        row |= {"MiB": memory.bytes / 2**20}
+        if method == "all at once":
+            difference = 255 * (result - results["Real-ESRGAN"]).abs()
+            row |= {"difference": error(result, results["Real-ESRGAN"], made_anew), "at most": float(difference.max())}
+        yield row, result
 
 
 def tiled(name: str, picture: torch.Tensor, model: Any) -> dict[str, Any]:
@@ -304,21 +329,23 @@ def write_grid(path: Path, rows: Sequence[Sequence[torch.Tensor]]) -> None:
     Image.fromarray(planes).save(path, optimize=True)
 
 
-def middle(picture: torch.Tensor) -> torch.Tensor:
-    """The middle of a picture [1, 3, H, W], a cell of the grid: [3, h, w]."""
-    top, left = (max(0, (length - CELL) // 2) for length in picture.shape[-2:])
+def middle(picture: torch.Tensor, along: float = 0.5) -> torch.Tensor:
+    """A cell of the grid from the middle of a picture [1, 3, H, W], or from so far along its width: [3, h, w]."""
+    height, width = picture.shape[-2:]
+    top, left = max(0, (height - CELL) // 2), int(along * width) - CELL // 2
+    left = max(0, min(left, width - CELL))
     return picture[0, :, top : top + CELL, left : left + CELL]
 
 
-def measure_upscale(names: Sequence[str], larger: Sequence[int], grid: list[list[torch.Tensor]]) -> dict[str, Any]:
+def measure_upscale(names: Sequence[str], grid: list[list[torch.Tensor]]) -> dict[str, Any]:
     """The rows of the first part, printed."""
     photographs, model = {name: photograph(name) for name in names}, upscale_model()
     rows = []
     for name, picture in photographs.items():
-        truth = enlarged_to(picture, None)
+        truth = cut_to_multiples(picture)
         for harmony in (POISSON, ONLY_BLEND):
             shown = [middle(truth)]
-            for row, result in upscaled(name, truth, model, harmony, True):
+            for row, result in upscaled(name, truth, model, harmony):
                 rows.append(row)
                 shown.append(middle(result))
             grid += [shown] if harmony is POISSON else []
@@ -326,15 +353,29 @@ def measure_upscale(names: Sequence[str], larger: Sequence[int], grid: list[list
     show_table("The same, means", means(rows, "method", "harmonize"))
     found = {"upscale": rows, "tiles": [tiled(name, picture, model) for name, picture in photographs.items()]}
     show_table(f"Real-ESRGAN in tiles of {TILE} pixels that share {TILE_OVERLAP}, against all at once", found["tiles"])
-    if larger:
-        found["larger"] = [
-            row
-            for side in larger
-            for name, picture in photographs.items()
-            for row, _ in upscaled(name, enlarged_to(picture, side), model, POISSON, False)
-        ]
-        show_table("Photographs enlarged first", found["larger"])
     return found
+
+
+def measure_large(
+    names: Sequence[str], sides: Sequence[int], at_once: int, grid: list[list[torch.Tensor]]
+) -> dict[str, Any]:
+    """The rows of the second part, printed; small pictures of up to `at_once` pixels along a side are also enlarged at once."""
+    model, rows = upscale_model(), []
+    for side in sides:
+        for share in (SHARE, SMALL_SHARE):
+            for name in names:
+                truth = mirrored_to(photograph(name), side // FACTOR * FACTOR)
+                edge = 0.5 + (share / np.pi) ** 0.5
+                shown = [middle(truth), middle(truth, edge)]
+                for row, result in upscaled(name, truth, model, POISSON, share, side // FACTOR <= at_once):
+                    rows.append(row)
+                    # An hour's work: what has been found is not lost with what comes later.
+                    print(json.dumps(row), flush=True)
+                    shown += [middle(result), middle(result, edge)]
+                grid.append(shown)
+    show_table("Upscale Inpainted on large pictures, photographs mirrored", rows)
+    show_table("The same, means", means(rows, "size", "hole", "method"))
+    return {"large": rows}
 
 
 def measure_objects(
@@ -371,10 +412,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="dev.py bench photos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["upscale", "objects"], help="default: upscale objects"
+    )
     parser.add_argument("--photographs", nargs="+", choices=tuple(PHOTOGRAPHS), default=list(PHOTOGRAPHS))
     parser.add_argument(
-        "--larger", type=int, nargs="+", default=[], metavar="PIXELS", help="also enlarge photographs to 2048, 4096 ..."
+        "--sides",
+        type=int,
+        nargs="+",
+        default=[2048, 4096],
+        metavar="PIXELS",
+        help="of the part large (default: 2048 4096)",
+    )
+    parser.add_argument(
+        "--at-once",
+        type=int,
+        default=512,
+        metavar="PIXELS",
+        help="the largest side of a small picture that is also enlarged all at once (default: 512; 1024 takes XX GB)",
     )
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--grid", type=Path, help="write pictures to look at")
@@ -388,7 +443,9 @@ def main() -> int:
         masks_of = ObjectMasks() if "objects" in options.parts else None
         with torch.inference_mode():
             if "upscale" in options.parts:
-                found |= measure_upscale(options.photographs, options.larger, grid)
+                found |= measure_upscale(options.photographs, grid)
+            if "large" in options.parts:
+                found |= measure_large(options.photographs, options.sides, options.at_once, grid)
             if masks_of is not None:
                 found |= measure_objects(options.photographs, masks_of, grid)
         print(f"\n{time.perf_counter() - started:.0f} seconds")

@@ -187,7 +187,7 @@ def changes(
 
     Looked at is only what is `inside`, bool [H, W]. Specks go, gaps are closed.
     """
-    # The finest detail differs wherever a picture was resampled, or came out of a VAE.
+    # The finest detail differs wherever a picture was resampled or saved, or came out of a VAE, and would hide a faint change.
     one, other = (_blurred(picture, 1.2) for picture in (edited, original))
     # So does its last rim, which has looked beyond the border.
     within = np.asarray(ndimage.binary_erosion(inside.cpu().numpy(), iterations=3, border_value=True), dtype=bool)

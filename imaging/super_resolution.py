@@ -20,8 +20,22 @@ from .tiling import tile_boxes, tile_weight
 # Deviation and reach of the authors' softening: 19 cells of 4 pixels, with the deviation OpenCV takes for that many.
 _SOFT_PIXELS, _REACH_PIXELS = 12.8, 36
 _CONTEXT_PIXELS, _LEAST_PIXELS = 64, 512
+# How many pixels the bicubic kernel goes.
+_KERNEL_REACH = 2.0
 # The UNets of the SD families halve a latent three times.
 _CELLS = 8
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a part of a picture lies: its box, and the (height, width) of the whole."""
+
+    box: Box
+    size: tuple[int, int]
+
+    def enlarged(self, factor: int) -> Part:
+        """The same part of the picture with `factor` pixels for each."""
+        return Part(_scaled(self.box, factor), (self.size[0] * factor, self.size[1] * factor))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,18 +71,32 @@ class Workplace:
 
     def cut(self, pictures: torch.Tensor) -> torch.Tensor:
         """The box of pictures [B, H, W, C], mirrored beyond their border: [B, h * factor, w * factor, C]."""
-        return _cut(pictures, _scaled(self.box, self.factor))
+        return _cut(pictures, _scaled(self.box, self.factor), _all_of(pictures))
 
     def cells_of(self, low: torch.Tensor, picture_size: tuple[int, int]) -> torch.Tensor:
         """The box of pictures [B, h, w, C] that show all of the large one at another size, at a pixel for each cell.
 
         Returns [B, h, w, C] in [0, 1]. Pictures of just one pixel a cell are cut and nothing else.
         """
-        return _part(low, (picture_size[0] / self.factor, picture_size[1] / self.factor), self.box)
+        size = picture_size[0] / self.factor, picture_size[1] / self.factor
+        return _part(low, size, self.box, _all_of(low))
 
-    def pixels_of(self, low: torch.Tensor, picture_size: tuple[int, int]) -> torch.Tensor:
-        """As `cells_of`, but at the resolution of the large picture."""
-        return _part(low, picture_size, _scaled(self.box, self.factor))
+    def pixels_of(self, low: torch.Tensor, picture_size: tuple[int, int], part: Part | None = None) -> torch.Tensor:
+        """As `cells_of`, but at the resolution of the large picture.
+
+        Where `low` is only a part of pictures that show all of it, `part` says which; it holds what is looked at (`seen`).
+        """
+        return _part(low, picture_size, _scaled(self.box, self.factor), part or _all_of(low))
+
+    def seen(self, size: tuple[int, int], picture_size: tuple[int, int], margin: int) -> Part:
+        """What `pixels_of` looks at in pictures of `size` (height, width), and `margin` more pixels on each side of it.
+
+        Enlarged by any whole factor, the same part holds what it looks at there.
+        """
+        box = _scaled(self.box, self.factor)
+        top, bottom = _looked_at(size[0], picture_size[0], box.top, box.bottom, margin)
+        left, right = _looked_at(size[1], picture_size[1], box.left, box.right, margin)
+        return Part(Box(left, top, right, bottom), size)
 
     def pixel_hole(self) -> torch.Tensor:
         """The softened hole on the box's pixels, [1, H, W, 1]."""
@@ -168,35 +196,53 @@ def _near(lines: torch.Tensor, reach: int) -> slice:
     return slice(max(0, int(found[0]) - reach), int(found[-1]) + 1 + reach)
 
 
-def _cut(pictures: torch.Tensor, box: Box) -> torch.Tensor:
-    rows = mirrored(box.top, box.bottom, pictures.shape[1], pictures.device)
-    columns = mirrored(box.left, box.right, pictures.shape[2], pictures.device)
+def _all_of(pictures: torch.Tensor) -> Part:
+    height, width = pictures.shape[1:3]
+    return Part(Box(0, 0, width, height), (height, width))
+
+
+def _cut(pictures: torch.Tensor, box: Box, held: Part) -> torch.Tensor:
+    """A box of pictures, of which [B, h, w, C] are the part `held`, mirrored beyond the border of the whole."""
+    rows = mirrored(box.top, box.bottom, held.size[0], pictures.device) - held.box.top
+    columns = mirrored(box.left, box.right, held.size[1], pictures.device) - held.box.left
     return pictures.index_select(1, rows).index_select(2, columns)
 
 
-def _part(pictures: torch.Tensor, size: tuple[float, float], box: Box) -> torch.Tensor:
-    """A box of pictures [B, h, w, C] resized to `size` (height, width), which need not be whole pixels."""
-    height, width = pictures.shape[1:3]
+def _part(pictures: torch.Tensor, size: tuple[float, float], box: Box, held: Part) -> torch.Tensor:
+    """A box of pictures resized to `size` (height, width), which need not be whole pixels; of the pictures [B, h, w, C] are the
+    part `held`."""
+    (height, width), (left, top, right, bottom) = held.size, held.box
     if (float(height), float(width)) == (float(size[0]), float(size[1])):
-        return _cut(pictures, box)
+        return _cut(pictures, box, held)
     # The library's resizing takes whole sizes: what lies far from the corner would move by up to a cell.
-    down = _resampling(height, size[0], box.top, box.bottom).to(pictures.device)
-    across = _resampling(width, size[1], box.left, box.right).to(pictures.device)
+    down = _resampling(height, size[0], box.top, box.bottom)[:, top:bottom].to(pictures.device)
+    across = _resampling(width, size[1], box.left, box.right)[:, left:right].to(pictures.device)
     lines = torch.einsum("yh,bhwc->bywc", down, pictures.float())
     return torch.einsum("xw,bywc->byxc", across, lines).clamp(0.0, 1.0)
 
 
-def _resampling(given: int, wanted: float, start: int, stop: int) -> torch.Tensor:
-    """Weights [stop - start, given] that make lines of `given` pixels `wanted` long: bicubic, anti-aliased, mirrored beyond."""
-    scale = given / wanted
+def _positions(given: int, wanted: float, start: int, stop: int) -> torch.Tensor:
+    """Where in a line of `given` pixels the centres of the pixels `start` to `stop` lie, when it is made `wanted` long."""
     position = mirrored(start, stop, math.ceil(wanted), torch.device("cpu"))
     # The last pixel may lie in part beyond the line.
-    centre = ((position.double() + 0.5) * scale).clamp(max=given)
-    distance = (torch.arange(given) + 0.5 - centre[:, None]).abs() / max(1.0, scale)
+    return ((position.double() + 0.5) * (given / wanted)).clamp(max=given)
+
+
+def _resampling(given: int, wanted: float, start: int, stop: int) -> torch.Tensor:
+    """Weights [stop - start, given] that make lines of `given` pixels `wanted` long: bicubic, anti-aliased, mirrored beyond."""
+    centre = _positions(given, wanted, start, stop)
+    distance = (torch.arange(given) + 0.5 - centre[:, None]).abs() / max(1.0, given / wanted)
     near = (1.5 * distance - 2.5) * distance**2 + 1.0
     far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
-    weight = torch.where(distance <= 1.0, near, torch.where(distance < 2.0, far, 0.0))
+    weight = torch.where(distance <= 1.0, near, torch.where(distance < _KERNEL_REACH, far, 0.0))
     return (weight / weight.sum(1, keepdim=True)).float()
+
+
+def _looked_at(given: int, wanted: float, start: int, stop: int, margin: int) -> tuple[int, int]:
+    """The first and the last (exclusive) pixel of the line that `_resampling` has weights for, with a margin."""
+    centre = _positions(given, wanted, start, stop)
+    reach = _KERNEL_REACH * max(1.0, given / wanted) + margin
+    return max(0, math.floor(float(centre.min()) - reach)), min(given, math.ceil(float(centre.max()) + reach))
 
 
 def _scaled(box: Box, scale: int) -> Box:

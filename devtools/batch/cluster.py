@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -32,11 +33,18 @@ class Cluster:
         """How many calls its workers can do at once, as far as they have come."""
         return sum(self._client.nthreads().values())
 
+    def call(self, function: Callable[..., Any], *arguments: Any, worker: str | None = None) -> Any:
+        """The function's result, without waiting for what the worker has to do besides; from here, where that is None."""
+        if worker is None:
+            return function(*arguments)
+        return self._client.run(*self._sent(function, *arguments), workers=[worker])[worker]
+
     def wait(self, futures: Iterable[Any], seconds: float) -> None:
         """Until one has ended, or so long."""
         from distributed import wait
 
-        with contextlib.suppress(TimeoutError):
+        # Which is not the built-in one before Python 3.11.
+        with contextlib.suppress(asyncio.TimeoutError):
             wait(list(futures), timeout=seconds, return_when="FIRST_COMPLETED")
 
     def _sent(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
@@ -58,10 +66,12 @@ def open_cluster(scheduler: str | None, threads: int, timeout: float) -> Iterato
     except ImportError:
         raise UserError('A batch needs Dask, which is not installed: pip install "distributed".') from None
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    # An interrupt while Dask waits makes it stumble there, and nothing comes of it.
+    logging.getLogger("tornado.application").setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if scheduler is None:
             # Its pages can't be left out; else they would be open to the network.
-            pages = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}
+            pages: dict[str, Any] = {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}
             own = distributed.LocalCluster(processes=False, n_workers=1, threads_per_worker=threads, **pages)
             client = distributed.Client(stack.enter_context(own))
         else:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class Record:
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
 
     def results(self) -> dict[str, Result]:
-        """By key; of several the last. Raises UserError where the file holds anything else."""
+        """By key; of several the last. Raises UserError where the file holds anything else than lines, cut short or not."""
         return self._read(LINES, Result)
 
     def figures(self) -> dict[str, Figures]:
@@ -87,15 +87,15 @@ class Record:
         if not path.is_file():
             return {}
         found = {}
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if not line.strip():
                 continue
             try:
                 entry = kind(**json.loads(line))
             except (ValueError, TypeError) as error:
-                # A power cut left the last one unfinished.
-                if number == len(lines):
+                # A power cut left one unfinished, and the same command has gone on below it.
+                begin = f'{{"{fields(kind)[0].name}":'.encode()
+                if isinstance(error, ValueError) and begin.startswith(line[: len(begin)]):
                     continue
                 raise UserError(f"{path}, line {number} is no result: remove it, or name another --out.") from error
             found[entry.key] = entry
@@ -106,10 +106,16 @@ class Record:
         return result is not None and result.status == "done" and all((self.folder / f).is_file() for f in result.files)
 
     def save_pictures(self, row: Row, graph: Graph, pictures: Iterable[Picture]) -> list[str]:
-        """Write a row's pictures; returns their names below the folder. A file is there whole or not at all."""
-        pictures = list(pictures)
+        """Write a row's pictures, those of the graph's first node first; returns their names below the folder.
+
+        A file is there whole or not at all.
+        """
+        # The host names nodes in the order in which they have ended, and some that others have made at work.
+        order = {node: place for place, node in enumerate(graph)}
+        pictures = sorted(pictures, key=lambda picture: (order.get(picture.node, len(order)), picture.number))
         nodes = list(dict.fromkeys(picture.node for picture in pictures))
-        titles = dict(zip(nodes, file_names([title(graph, node) for node in nodes]), strict=True))
+        called = [title(graph, node) if node in graph else node for node in nodes]
+        titles = dict(zip(nodes, file_names(called), strict=True))
         files = []
         for picture in pictures:
             of_node = f" {titles[picture.node]}" if len(nodes) > 1 else ""
@@ -118,7 +124,10 @@ class Record:
             path = self.folder / PICTURES / name
             partial = path.with_name(f".{os.getpid()}.partial")
             try:
-                partial.write_bytes(picture.data)
+                with partial.open("wb") as file:
+                    file.write(picture.data)
+                    file.flush()
+                    os.fsync(file.fileno())
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)

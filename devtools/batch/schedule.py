@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..client import Client
 from ..paths import UserError
 from .cluster import Cluster
-from .work import DEEPEST, Job, Limits, Outcome, do_job
+from .work import DEEPEST, Job, Limits, Outcome, cancel_job, do_job
 
 _REST, _LONGEST_REST = 2.0, 60.0
 """Seconds until a server that was gone, or that failed several times in a row, is given a row again; doubled each time."""
 _FAILURES = 3
 _LOOK = 0.5
+_LAST_LOOK = 10.0
+"""Seconds for what is at work to end when the batch does."""
 _BLAMED = 3
 """So many servers, or times, have to go away under a row until it is held to be what ends them."""
 
@@ -45,8 +46,11 @@ class Place:
 
     def pause(self, why: str) -> None:
         """Let the server alone for a while."""
-        self.ready_at, self.why = time.monotonic() + self.rest, why
-        self.rest = min(2 * self.rest, _LONGEST_REST)
+        now = time.monotonic()
+        # Two rows may find it gone at the same time.
+        if now >= self.ready_at:
+            self.ready_at, self.why = now + self.rest, why
+            self.rest = min(2 * self.rest, _LONGEST_REST)
 
     def succeeded(self) -> None:
         self.failures, self.rest, self.why = 0, _REST, ""
@@ -54,7 +58,10 @@ class Place:
 
 @dataclass
 class Task:
-    """A row at work: what is to be run (made when it is needed), where it failed, and how often."""
+    """A row at work: what is to be run (made when it is needed), the names of places where it failed, and how often.
+
+    attempts: how often it was given to a server that answered.
+    """
 
     number: int
     make: Callable[[], Job]
@@ -107,7 +114,7 @@ class Scheduler:
                 for future in [future for future in self._running if future.done()]:
                     yield from self._take(future)
         finally:
-            self._cancel()
+            self._end()
 
     def _give_out(self) -> Iterator[Done]:
         now = time.monotonic()
@@ -123,17 +130,16 @@ class Scheduler:
                 except UserError as error:
                     yield Done(task, "", Outcome("failed", 0.0, str(error)))
                     continue
-                task.attempts += 1
                 place.busy += 1
                 future = self._cluster.submit(do_job, place.address, job, self._limits, worker=place.worker)
                 self._running[future] = _Running(task, place, job)
 
     def _next(self, place: Place) -> Task | None:
         """The first row that has not failed on this server, or that has failed on all."""
-        usable = {other.address for other in self.places if not other.why}
+        usable = {other.name for other in self.places if not other.why}
         for _ in range(len(self._waiting)):
             task = self._waiting.popleft()
-            if place.address not in task.avoid or usable <= task.avoid:
+            if place.name not in task.avoid or usable <= task.avoid:
                 return task
             self._waiting.append(task)
         return None
@@ -147,16 +153,20 @@ class Scheduler:
         else:
             # The worker went, and with it what it was told.
             outcome = Outcome("gone", 0.0, f"The worker of {place.name} ended: {future.exception()!r}")
+        if outcome.status == "away":
+            place.pause(outcome.error)
+            self._waiting.appendleft(task)
+            return
+        task.attempts += outcome.status != "busy"
         if outcome.status == "gone":
             task.gone += 1
             if future.status == "finished":
                 place.pause(outcome.error)
-            with contextlib.suppress(Exception):
-                Client(place.address).cancel(running.job.prompt_id, timeout=2.0)
+                self._cancel(running)
             if task.gone >= _BLAMED:
                 yield Done(task, place.name, Outcome("failed", outcome.seconds, outcome.error))
             else:
-                task.avoid.add(place.address)
+                task.avoid.add(place.name)
                 self._waiting.appendleft(task)
             return
         self._last_answer = time.monotonic()
@@ -174,8 +184,8 @@ class Scheduler:
         else:
             place.why = ""
         task.failed += 1
-        task.avoid.add(place.address)
-        others = {other.address for other in self.places} - task.avoid
+        task.avoid.add(place.name)
+        others = {other.name for other in self.places} - task.avoid
         if task.failed <= self._retries and (others or "OutOfMemory" in outcome.error):
             self._waiting.append(task)
         else:
@@ -189,11 +199,27 @@ class Scheduler:
                 "on."
             )
 
-    def _cancel(self) -> None:
+    def _cancel(self, running: _Running) -> bool:
+        """Leave nothing of a row in a queue; returns whether the server answers."""
+        place = running.place
+        try:
+            self._cluster.call(cancel_job, place.address, running.job.prompt_id, worker=place.worker)
+        except Exception:
+            return False
+        return True
+
+    def _end(self) -> None:
         """Leave nothing of this batch in any queue."""
-        for future, running in self._running.items():
+        deadline = time.monotonic() + _LAST_LOOK
+        while self._running and time.monotonic() < deadline:
+            silent: set[str] = set()
+            for running in self._running.values():
+                if running.place.name not in silent and not self._cancel(running):
+                    silent.add(running.place.name)
+            # Again, for one that was uploading pictures has put its graph in since.
+            self._cluster.wait(self._running, _LOOK)
+            self._running = {future: running for future, running in self._running.items() if not future.done()}
+        for future in self._running:
             with contextlib.suppress(Exception):
                 future.cancel()
-            with contextlib.suppress(Exception):
-                Client(running.place.address).cancel(running.job.prompt_id, timeout=2.0)
         self._running.clear()

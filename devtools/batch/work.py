@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,8 @@ _FIRST_LOOK, _LAST_LOOK = 0.05, 1.0
 """Seconds between two looks at whether a graph has ended: soon at first, then less often."""
 _PATIENCE = 20.0
 """Seconds to wait for room in a queue before the row is handed back, so that another server may have it."""
+_SOON = 2.0
+"""Seconds in which a server has to say that it has canceled a graph."""
 _NOT_ASCII = re.compile(r"[^A-Za-z0-9.-]+")
 
 
@@ -64,7 +67,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: "done", "failed" where the graph is to blame, "gone" where the server is, "busy" where its queue was full.
+    """status: "done", "failed" where the graph is to blame, "gone" where the server is, "away" where it was gone before it had
+    seen anything of the row, "busy" where its queue was full.
 
     error: a sentence where it isn't done.
     """
@@ -105,16 +109,18 @@ def in_checkout(folder: str, module: str, function: str, *arguments: Any) -> Any
 
 def do_job(address: str, job: Job, limits: Limits) -> Outcome:
     """Run a row's graph on a server and fetch what it has saved. Raises nothing."""
-    client, started = Client(address), time.monotonic()
+    client, started, answers = Client(address), time.monotonic(), False
 
     def ended(status: str, error: str = "", pictures: list[Picture] | None = None) -> Outcome:
         return Outcome(status, time.monotonic() - started, error, pictures or [])
 
     try:
         while client.waiting(limits.answer) >= DEEPEST:
+            answers = True
             if time.monotonic() - started > _PATIENCE:
                 return ended("busy", f"The queue of {address} is full of other people's graphs.")
             time.sleep(0.2)
+        answers = True
         graph = copy.deepcopy(job.graph)
         for upload in job.uploads:
             name = client.upload_image(upload.data, _unique(upload), job.subfolder, limits.answer)
@@ -134,7 +140,15 @@ def do_job(address: str, job: Job, limits: Limits) -> Outcome:
         return ended("failed", str(error))
     except Exception as error:
         # Whatever a server says that is none, or none any more: it must not end the batch.
-        return ended("gone", str(error) if isinstance(error, ServerGone) else f"{address}: {error!r}")
+        status = "gone" if answers else "away"
+        return ended(status, str(error) if isinstance(error, ServerGone) else f"{address}: {error!r}")
+
+
+def cancel_job(address: str, prompt_id: str) -> None:
+    """Take a row's graph out of a server's queue or stop it. Raises ServerGone where nobody answers soon."""
+    # A cluster's worker calls this where an event loop runs already.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(Client(address).cancel, prompt_id, _SOON).result()
 
 
 def _unique(upload: Upload) -> str:

@@ -34,6 +34,12 @@ from .tiled_sampling import with_tiles
 MAX_NOISE_LEVEL = 350
 """The most noise on the small picture that the x4 upscaler knows."""
 _X4_FACTOR = 4
+_UPSCALE_MARGIN = 48
+"""Pixels of the small picture that an upscale model sees around what is wanted of it.
+
+Real-ESRGAN can look 350 pixels far, but what lies beyond 48 made a difference of 0.03 to 0.3 levels of 255 in four photographs
+(at most 4.3; beyond 32: 0.1 to 1.0, at most 17).
+"""
 _GIGABYTE = 1 << 30
 
 
@@ -124,18 +130,21 @@ class _Enlarging:
         self, picture: torch.Tensor, low: torch.Tensor, place: Workplace, index: int, progress: Any
     ) -> torch.Tensor:
         """The box of `place`, from the small picture [1, h, w, C] alone: [1, H, W, 3]."""
-        made = place.pixels_of(self.enlarged(low), (picture.shape[1], picture.shape[2]))
+        made = self.enlarged(low, place, (picture.shape[1], picture.shape[2]))
         progress.update(self.steps)
         return made
 
-    def enlarged(self, low: torch.Tensor) -> torch.Tensor:
+    def enlarged(self, low: torch.Tensor, place: Workplace, picture_size: tuple[int, int]) -> torch.Tensor:
+        """The box of `place` in a picture of `picture_size` (height, width) pixels, of which `low` [1, h, w, C] shows all."""
         low = low[..., :3]
         if self._upscale_model is None:
-            return low
+            return place.pixels_of(low, picture_size)
         from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel
 
+        part = place.seen((low.shape[1], low.shape[2]), picture_size, _UPSCALE_MARGIN)
+        low = low[:, part.box.top : part.box.bottom, part.box.left : part.box.right]
         (large,) = ImageUpscaleWithModel.execute(self._upscale_model, low).args
-        return large
+        return place.pixels_of(large, picture_size, part.enlarged(large.shape[1] // low.shape[1]))
 
 
 class _Diffusing:
@@ -253,7 +262,7 @@ class _Refining(_Diffusing):
     ) -> torch.Tensor:
         """The box of `place`, [1, H, W, 3]."""
         box = place.cut(picture)[..., :3]
-        large = place.pixels_of(self._enlarging.enlarged(low), (picture.shape[1], picture.shape[2]))
+        large = self._enlarging.enlarged(low, place, (picture.shape[1], picture.shape[2]))
         start = torch.lerp(box, large.to(box), place.pixel_hole().to(box))
         known = self.encode(place, box)
         latent = self.encode(place, start)

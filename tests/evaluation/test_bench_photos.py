@@ -47,7 +47,7 @@ def test_upscaling_is_told_from_bicubic(scene: torch.Tensor) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "upscale_hole", upscale)
-        for row, _ in bench.upscaled("noise", scene, Nearest(), bench.POISSON, True):
+        for row, _ in bench.upscaled("noise", scene, Nearest(), bench.POISSON):
             rows.append(row)
     bicubic, perfect = rows
     assert made["low"].shape == (1, 24, 24, 3)
@@ -55,6 +55,41 @@ def test_upscaling_is_told_from_bicubic(scene: torch.Tensor) -> None:
     assert float(made["picture"][0, 40:56, 40:56].std()) == 0.0
     assert (perfect["detail"], perfect["error"], perfect["seam"]) == (1.0, 0.0, 0.0)
     assert bicubic["error"] > 0 and bicubic["outside"] == perfect["outside"] == 0
+
+
+def test_large_pictures_are_photographs_and_their_mirror_images() -> None:
+    picture = texture(96, 2)[0, :, :60]
+    large = bench.mirrored_to(picture, 256)
+    assert large.shape == (1, 3, 256, 256) and torch.equal(large[0, :, :60, :96], picture)
+    padded = torch.nn.functional.pad(picture[None], (0, 60, 0, 36), mode="reflect")
+    assert torch.equal(large[..., :96, :156], padded)
+    # Again from its beginning, after once there and back.
+    assert torch.equal(large[..., 118:178, 190:256], picture[None, ..., :66])
+    assert float(bench.ellipse(256, 256, 0.01).mean()) == pytest.approx(0.01, abs=0.001)
+
+
+def test_what_the_node_makes_is_compared_with_all_at_once(scene: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nearest:
+        """An upscale model that repeats pixels."""
+
+        patcher = None
+
+        def __call__(self, picture: torch.Tensor) -> torch.Tensor:
+            return picture.repeat_interleave(4, -2).repeat_interleave(4, -1)
+
+    def upscale(pictures: torch.Tensor, low: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        made = torch.where(bench.widened(hole, bench.LAYOUT.expand)[..., None] > 0, 10 / 255, 0.0)
+        return repeated + made
+
+    hole = bench.ellipse(96, 96, 0.09)
+    monkeypatch.setattr(bench.comfy.model_management, "load_models_gpu", lambda *_: None)
+    monkeypatch.setattr(bench, "upscale_hole", upscale)
+    low = bench.resampled(scene, (24, 24), "bicubic").clamp(0, 1)
+    made_anew = bench.widened(hole, bench.LAYOUT.expand)[:, None]
+    repeated = torch.where(made_anew > 0, Nearest()(low), scene).movedim(1, -1)
+    *_, row = (row for row, _ in bench.upscaled("noise", scene, Nearest(), bench.ONLY_BLEND, 0.09, at_once=True))
+    assert row["method"] == "all at once" and row["outside"] == 0
+    assert row["difference"] == pytest.approx(10, abs=0.01) and row["at most"] == pytest.approx(10, abs=0.01)
 
 
 def test_a_pasted_object_is_taken_from_the_hole_alone(scene: torch.Tensor, mask: torch.Tensor) -> None:

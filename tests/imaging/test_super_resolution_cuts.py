@@ -93,6 +93,30 @@ def test_otherwise_they_are_a_cut_of_the_resized_picture(low: tuple[int, int], f
         assert np.abs(result - literal_part(picture, scaled(box, factor))).max() < 1e-5
 
 
+@settings(max_examples=100, deadline=None)
+@given(cuts(), st.tuples(st.integers(1, 70), st.integers(1, 70)), st.integers(1, 3), st.integers(0, 3))
+def test_a_part_that_holds_what_is_seen_shows_what_the_whole_shows(
+    job: Any, small: tuple[int, int], times: int, margin: int
+) -> None:
+    box, size, factor = job
+    place = place_of(box, factor)
+    pictures = random_pictures(2, small[0] * times, small[1] * times)
+    part = place.seen(small, size, margin)
+    assert part.size == small and part.box.height <= small[0] and part.box.width <= small[1]
+    held = part.enlarged(times)
+    cut = pictures[:, held.box.top : held.box.bottom, held.box.left : held.box.right]
+    assert cut.shape[1:3] == (part.box.height * times, part.box.width * times)
+    assert (place.pixels_of(cut, size, held) - place.pixels_of(pictures, size)).abs().max() < 1e-5
+
+
+@pytest.mark.quick
+def test_what_is_seen_is_no_more_than_the_box_and_its_margin() -> None:
+    # 100 to 180 of 400 and 200 to 320 of 600, at half the size: 50 to 90 and 100 to 160, two for the kernel and the margin.
+    part = place_of(Box(50, 25, 80, 45), 4).seen((200, 300), (400, 600), 5)
+    assert part.size == (200, 300) and part.box == Box(93, 43, 167, 97)
+    assert place_of(Box(-10, -1, 30, 15), 4).seen((200, 300), (400, 600), 5).box == Box(0, 0, 67, 37)
+
+
 def ramp(low: tuple[int, int], axis: int) -> torch.Tensor:
     """A picture [1, h, w, 1] that shows in each pixel how far along an axis it lies, from 0 to 1."""
     line = (torch.arange(low[axis], dtype=torch.float64) + 0.5) / low[axis]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from devtools import launch
 from devtools.batch import command, schedule
 from devtools.batch.cluster import open_cluster
 from devtools.batch.console import Console
+from devtools.batch.schedule import Place, Scheduler, Task
+from devtools.batch.work import Job, Limits, Outcome
 from devtools.paths import UserError
 from truefill_testing.comfy_stand_in import StandIn, graph
 from truefill_testing.dask_cluster import dask_cluster
@@ -148,6 +151,44 @@ def test_a_server_that_forgets_its_queue_is_asked_again(jobs):
     assert prompts_of(table) == every(20)
 
 
+def test_no_row_is_blamed_for_a_server_that_is_away_for_long(jobs, monkeypatch):
+    monkeypatch.setattr(schedule, "_REST", 0.05)
+    monkeypatch.setattr(schedule, "_LONGEST_REST", 0.1)
+    table = jobs(20)
+
+    def leave_and_return():
+        while not only.ran:
+            time.sleep(0.01)
+        only.stop()
+        time.sleep(1.5)
+        only.start()
+
+    with StandIn(0.05) as only, later(0.0, leave_and_return):
+        assert run(table, only, patience=30) == 0
+    assert prompts_of(table) == every(20)
+    assert {row["attempts"] for row in results(table)} <= {"1", "2"}
+
+
+def test_servers_of_the_same_address_on_several_machines_are_several():
+    """As workers have them that each name a ComfyUI of their own."""
+
+    class Machines:
+        def submit(self, function, address, job, limits, worker):
+            future = Future()
+            future.set_result(Outcome("failed", 0.0, "no room") if worker == "small" else Outcome("done", 0.0))
+            future.status = "finished"
+            return future
+
+        def wait(self, futures, seconds):
+            pass
+
+    places = [Place("http://127.0.0.1:8188", worker) for worker in ("small", "large")]
+    scheduler = Scheduler(Machines(), places, Limits(), retries=1, patience=1.0)
+    ended = list(scheduler.run(Task(number, lambda: Job({}, [], "", "")) for number in range(6)))
+    assert sorted(done.task.number for done in ended) == list(range(6))
+    assert all(done.outcome.status == "done" and done.server == places[1].name for done in ended)
+
+
 def test_a_row_that_fails_on_one_server_is_done_by_another(jobs):
     table = jobs(12)
     errors = {f"row {number}": "OutOfMemoryError" for number in range(1, 13)}
@@ -196,7 +237,28 @@ def test_an_interrupt_leaves_no_queue_and_the_same_command_goes_on(jobs, monkeyp
             file.write('{"number": 9, "na')
         assert run(table, one, other) == 0
         assert all((one.ran + other.ran)[name] == 1 for name in done)
+        # What the cut has left is passed over for good.
+        assert run(table, one, other) == 0
+        assert all((one.ran + other.ran)[name] == 1 for name in done)
     assert prompts_of(table) == every(30)
+
+
+def test_an_interrupt_while_pictures_are_on_their_way_leaves_no_queue(tmp_path, monkeypatch):
+    (tmp_path / "graph.json").write_text(json.dumps(graph()))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    table = tmp_path / "jobs.csv"
+    table.write_text("\n".join(["image,prompt", *(f"a.png,row {number}" for number in range(8))]))
+
+    def interrupt(self, result, places):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Console, "show", interrupt)
+    with StandIn() as quick, StandIn(30.0) as slow:
+        slow.upload_seconds = 1.0
+        with pytest.raises(KeyboardInterrupt):
+            run(table, quick, slow)
+        assert slow.deepest > 0 and not slow._queue
+    assert slow.ran.total() == 0
 
 
 def test_what_has_changed_is_done_again(jobs):

@@ -265,13 +265,24 @@ def test_an_inpainting_model_is_given_the_hole_and_its_surroundings() -> None:
 class Nearest:
     """The interface of a loaded upscale model."""
 
-    scale = 2
-
-    def __init__(self) -> None:
+    def __init__(self, scale: int = 2) -> None:
         self.patcher = small_model("sd15", False)
+        self.scale = scale
+        self.seen: list[tuple[int, ...]] = []
 
     def __call__(self, picture: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(picture, scale_factor=2, mode="nearest")
+        self.seen.append(tuple(picture.shape[2:]))
+        return self.enlarged(picture)
+
+    def enlarged(self, picture: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(picture, scale_factor=self.scale, mode="nearest")
+
+
+class Bicubic(Nearest):
+    """One that looks a few pixels around."""
+
+    def enlarged(self, picture: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(picture, scale_factor=self.scale, mode="bicubic").clamp(0, 1)
 
 
 @pytest.mark.quick
@@ -282,6 +293,72 @@ def test_an_upscale_model_alone_fills_the_hole_with_what_it_makes() -> None:
     )
     wanted = torch.where(mask[..., None] > 0, low.repeat_interleave(2, 1).repeat_interleave(2, 2), picture)
     assert (result - wanted).abs().max() < 1e-6
+
+
+def corner(height: int, width: int, where: str) -> torch.Tensor:
+    """A small hole at a corner of a picture, or in its middle."""
+    top, left = {"first": (0, 0), "last": (height - 9, width - 9), "right": (4, width - 9)}.get(
+        where, (height // 2, width // 2)
+    )
+    return square(height, width, top, left, 9)
+
+
+@pytest.mark.parametrize(
+    ("size", "small", "scale", "upscaler", "where"),
+    [
+        pytest.param((602, 560), (301, 280), 2, Bicubic, "first", marks=pytest.mark.quick),
+        pytest.param((602, 560), (301, 280), 2, Bicubic, "last", marks=pytest.mark.quick),
+        # Enlarged too much and too little, by ratios of their own for the sides, and to odd sizes.
+        ((1023, 901), (257, 333), 4, Nearest, "first"),
+        ((1023, 901), (257, 333), 4, Nearest, "last"),
+        ((1023, 901), (257, 333), 4, Bicubic, "middle"),
+        ((1537, 1111), (411, 509), 2, Bicubic, "right"),
+        ((1537, 1111), (411, 509), 2, Nearest, "last"),
+        # As large as the large picture, and larger.
+        ((801, 903), (801, 903), 1, Nearest, "middle"),
+        ((801, 903), (801, 903), 1, Nearest, "last"),
+        ((701, 803), (633, 1201), 2, Bicubic, "first"),
+        ((701, 803), (633, 1201), 2, Bicubic, "right"),
+    ],
+)
+def test_an_upscale_model_is_shown_only_what_is_around_the_hole(
+    size: tuple[int, int], small: tuple[int, int], scale: int, upscaler: Any, where: str
+) -> None:
+    picture, low, mask, model = pictures(1, *size), pictures(1, *small), corner(*size, where), upscaler(scale)
+    layout = upscaling.Layout(tile=64, expand=0)
+    result = upscaling.upscale_hole(picture, low, mask, None, model, layout=layout, harmony=OFF)
+
+    # All of the small picture, and the box cut out of that.
+    large = model.enlarged(low.movedim(-1, 1)).movedim(1, -1)
+    place = upscaling.find_workplace(mask[0], 1, layout.tile, layout.overlap)
+    made = upscaling._engine(None, model, upscaling.UpscaleSampling()).enlarged(low, place, size)
+    assert made.shape == (1, *place.pixel_size, 3) and (made - place.pixels_of(large, size)).abs().max() < 2e-6
+    resized = F.interpolate(large.double().movedim(-1, 1), size=size, mode="bicubic", antialias=True)
+    assert (result - resized.clamp(0, 1).movedim(1, -1))[mask > 0].abs().max() < 2e-6
+    assert torch.equal(result[mask == 0], picture[mask == 0])
+
+    margin, ratio = upscaling._UPSCALE_MARGIN, (small[0] / size[0], small[1] / size[1])
+    for height, width in model.seen:
+        assert height <= place.pixel_size[0] * ratio[0] + 2 * (margin + 4) and height < small[0]
+        assert width <= place.pixel_size[1] * ratio[1] + 2 * (margin + 4) and width < small[1]
+
+
+@pytest.mark.quick
+def test_a_hole_that_is_everywhere_is_enlarged_with_all_of_the_picture() -> None:
+    model, low = Nearest(), pictures(1, 131, 97)
+    upscaling.upscale_hole(pictures(1, 262, 195), low, torch.ones(1, 262, 195), None, model, harmony=OFF)
+    assert model.seen == [(131, 97)]
+
+
+def test_another_model_refines_what_the_upscale_model_was_shown_around_the_hole() -> None:
+    picture, low, mask, model = pictures(1, 800, 960), pictures(1, 400, 480), square(800, 960, 80, 80, 128), Bicubic()
+    exact, layout = upscaling.UpscaleSampling(steps=1, denoise=0.0), upscaling.Layout(tile=64, expand=0)
+    result = upscaling.upscale_hole(picture, low, mask, img2img(), model, exact, layout, OFF)
+    assert len(model.seen) == 1 and model.seen[0][0] < 250 and model.seen[0][1] < 250
+    wanted = F.avg_pool2d(model.enlarged(low.movedim(-1, 1)), 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    inside = square(800, 960, 128, 128, 32)[0] > 0
+    assert (result[0][inside] - wanted[0].movedim(0, -1)[inside]).abs().max() < 1e-4
+    assert torch.equal(result[mask == 0], picture[mask == 0])
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,13 @@ class StandIn:
 
     A graph ends after `seconds`; its picture has the prompt as its "prompt" chunk. `fails` maps prompts to the error of a node.
     `deepest` is the longest that the queue ever was, `ran` counts prompts that ended, `uploads` has what was put into the input
-    folder.
+    folder, which takes `upload_seconds` for each.
     """
 
     def __init__(self, seconds: float = 0.0, fails: dict[str, str] | None = None) -> None:
         self.seconds, self.fails = seconds, fails or {}
         self.hangs = self.redirects = False
+        self.upload_seconds = 0.0
         self.deepest = 0
         self.ran: Counter[str] = Counter()
         self.uploads: dict[str, bytes] = {}
@@ -206,6 +207,7 @@ class StandIn:
         form = await request.post()
         file, subfolder = form["image"], form.get("subfolder", "")
         assert isinstance(file, web.FileField)
+        await asyncio.sleep(self.upload_seconds)
         self.uploads[f"{subfolder}/{file.filename}"] = file.file.read()
         return web.json_response({"name": file.filename, "subfolder": subfolder, "type": "input"})
 
