@@ -110,7 +110,9 @@ def test_its_transformer_draws_and_takes_what_works_without_a_unet(server: Clien
     graph["painta"] = node(
         "TrueFillPAIntA", model=["demo", 0], strength=1.0, start_percent=0.0, end_percent=0.5, smooth=True
     )
-    graph["sbc"] = node("TrueFillSemanticBoundary", model=["painta", 0], strength=1.0)
+    graph["sbc"] = node(
+        "TrueFillSemanticBoundary", model=["painta", 0], strength=1.0, start_percent=0.0, end_percent=1.0
+    )
     for last in ("painta", "sbc"):
         graph["sampler"]["inputs"]["model"] = [last, 0]
         result = server.run(graph).images["save"][0]
