@@ -182,10 +182,12 @@ def main() -> int:
     with running(options.servers) as servers, tempfile.TemporaryDirectory() as folder:
         for seconds in options.seconds:
             found["throughput"] += throughput(servers, options.jobs, seconds, Path(folder), options.limit)
+        if options.seconds:
+            show_table("Throughput.", found["throughput"])
         for rows in options.rows:
             found["growth"].append(growth(servers[0], rows, Path(folder), options.limit))
-    show_table("Throughput.", found["throughput"])
-    show_table("Growth, one server.", found["growth"])
+        if options.rows:
+            show_table("Growth, one server.", found["growth"])
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     return 0

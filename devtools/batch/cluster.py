@@ -29,6 +29,10 @@ class Cluster:
         """The function's result by worker."""
         return self._client.run(*self._sent(function))
 
+    def workers(self) -> set[str]:
+        """Those that are there."""
+        return set(self._client.nthreads())
+
     def threads(self) -> int:
         """How many calls its workers can do at once, as far as they have come."""
         return sum(self._client.nthreads().values())

@@ -247,7 +247,8 @@ def work_through(options: argparse.Namespace) -> int:
                 console.show(batch.take(done), places)
             batch.measure(metrics, console.measuring)
         finally:
-            print("\n".join(["", *batch.finish()]), flush=True)
+            away = [f"  {place.name} was left alone at last: {place.why}" for place in places if place.why]
+            print("\n".join(["", *batch.finish(), *away]), flush=True)
     return int(any(result.status != "done" for result in batch.results.values()))
 
 

@@ -111,8 +111,11 @@ class Scheduler:
                     time.sleep(_LOOK)
                     continue
                 self._cluster.wait(self._running, _LOOK)
-                for future in [future for future in self._running if future.done()]:
+                ended = [future for future in self._running if future.done()]
+                for future in ended:
                     yield from self._take(future)
+                if not ended:
+                    self._take_back()
         finally:
             self._end()
 
@@ -143,6 +146,19 @@ class Scheduler:
                 return task
             self._waiting.append(task)
         return None
+
+    def _take_back(self) -> None:
+        """Rows whose worker is gone: Dask would wait for it to return."""
+        there = self._cluster.workers()
+        for future, running in list(self._running.items()):
+            place = running.place
+            if there if place.worker is None else place.worker in there:
+                continue
+            future.cancel()
+            del self._running[future]
+            place.busy -= 1
+            place.pause("its worker is gone")
+            self._waiting.appendleft(running.task)
 
     def _take(self, future: Any) -> Iterator[Done]:
         running = self._running.pop(future)

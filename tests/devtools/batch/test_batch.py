@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from distributed import Client
 from PIL import Image
 
 from devtools import launch
@@ -392,6 +394,26 @@ def test_a_cluster_that_knows_nothing_of_the_pack_does_the_work(jobs, tmp_path):
         assert run(table, scheduler=address) == 0
         assert server.ran.total() == 6
     assert prompts_of(table) == every(6)
+
+
+def test_a_worker_that_dies_loses_nothing(jobs, tmp_path):
+    table = jobs(16)
+    with (
+        StandIn(0.1) as server,
+        dask_cluster(tmp_path, 2, variables={"TRUEFILL_SERVER": server.address}) as address,
+        Client(address) as client,
+    ):
+        victim = next(iter(client.run(os.getpid).values()))
+
+        def kill():
+            while server.ran.total() < 4:
+                time.sleep(0.01)
+            psutil.Process(victim).kill()
+
+        with later(0.0, kill):
+            assert run(table, scheduler=address) == 0
+    assert prompts_of(table) == every(16)
+    assert sum(row["status"] == "done" for row in results(table)) == 16
 
 
 def test_a_scheduler_that_is_not_there_is_a_sentence(jobs):
