@@ -429,7 +429,7 @@ def main() -> int:
         type=int,
         default=512,
         metavar="PIXELS",
-        help="the largest side of a small picture that is also enlarged all at once (default: 512; 1024 takes 13 GB)",
+        help="the largest side of a small picture that is also enlarged all at once (default: 512; memory grows with its area)",
     )
     parser.add_argument("--json", type=Path, help="write the figures to a file")
     parser.add_argument("--grid", type=Path, help="write pictures to look at")
