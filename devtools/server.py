@@ -11,7 +11,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import launch
@@ -19,7 +20,7 @@ from .client import Client, ServerGone
 from .paths import CACHE, LOGS, ROOT, UserError
 
 RUNS = CACHE / "runs"
-_NOT_THE_PACK = shutil.ignore_patterns(".*", "__pycache__", "shared", "node_modules", "demo-output")
+_NOT_THE_PACK = shutil.ignore_patterns(".*", "__pycache__", "shared", "node_modules", "demo-output", "batch-output")
 _DAY = 24 * 3600
 # subprocess.CREATE_NEW_PROCESS_GROUP, which exists on Windows alone.
 _NEW_GROUP = 0x200
@@ -249,3 +250,15 @@ class Server:
         # The group may be gone between the question and the signal.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM if gently else signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def side_by_side(servers: Sequence[Server]) -> Iterator[None]:
+    """Start servers at the same time, and end them all, also where one does not start."""
+    try:
+        with ThreadPoolExecutor(len(servers)) as starting:
+            list(starting.map(Server.__enter__, servers))
+        yield
+    finally:
+        for server in servers:
+            server.stop()

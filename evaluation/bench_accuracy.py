@@ -38,8 +38,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from devtools.batch.checkout import CHECKOUT, in_checkout
 from devtools.batch.cluster import open_cluster
-from devtools.batch.work import CHECKOUT, in_checkout
 from devtools.launch import command
 from devtools.paths import ROOT
 

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +32,11 @@ import psutil
 from devtools import launch
 from devtools.pack import host_path
 from devtools.paths import ROOT
-from devtools.server import Server
+from devtools.server import Server, side_by_side
 
 from .tables import show_table
 
-SLOW_NODE = ROOT / "tests" / "support" / "slow_node"
+SLOW_NODE = ROOT / "evaluation" / "slow_node"
 """A pack with a node that waits."""
 LOOK = 0.05
 
@@ -157,13 +156,8 @@ def running(count: int) -> Iterator[list[Server]]:
         Server(host_path(), Path(sys.executable), beside=[SLOW_NODE], log_name=f"bench-batch-{number + 1}")
         for number in range(count)
     ]
-    try:
-        with ThreadPoolExecutor(count) as starting:
-            list(starting.map(Server.__enter__, servers))
+    with side_by_side(servers):
         yield servers
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..imaging.masks import hole_of
 from ..training.world.attributes import COLOURS, PATTERNS, SHAPES
 from .metrics import background_change, background_error, seam_visibility
 
@@ -45,11 +46,11 @@ class Sample:
 
     @cached_property
     def mask(self) -> torch.Tensor | None:
-        """The hole [1, 1, H, W], 1 where it is white at all; None where there is none of the result's size."""
+        """The hole [1, 1, H, W], 1 where it is more than noise; None where there is none of the result's size."""
         plane = None if self.hole is None else _open(self.hole).convert("L")
         if plane is None or plane.size != self.image.size:
             return None
-        return (_tensor(plane) > 0).float()
+        return hole_of(_tensor(plane)[0, 0]).float()
 
     @cached_property
     def scene(self) -> torch.Tensor | None:
@@ -130,22 +131,26 @@ class _Demo:
 _CLIP_LINK = "https://huggingface.co/openai/clip-vit-large-patch14 (the whole folder)"
 
 
+def _clip(weights: Mapping[str, Path]) -> tuple[Any, Any]:
+    """transformers' CLIPModel of the folder that was named, and its processor."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    folder = _needed(weights, "clip", "CLIP", _CLIP_LINK)
+    try:
+        found = [kind.from_pretrained(folder, local_files_only=True) for kind in (CLIPModel, CLIPProcessor)]
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"{folder} is no folder of CLIP in transformers' layout: {said}") from error
+    return found[0].eval(), found[1]
+
+
 class _Clip:
     """100 times the cosine of CLIP's embeddings of prompt and picture (Hessel et al. 2021), of the whole or of the hole's box."""
 
     local: ClassVar[bool] = False
 
     def __init__(self, weights: Mapping[str, Path]) -> None:
-        from transformers import CLIPModel, CLIPProcessor
-
-        folder = _needed(weights, "clip", "CLIP", _CLIP_LINK)
-        try:
-            self._model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-            self._processor: Any = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder} is no folder of CLIP in transformers' layout: {str(error).splitlines()[0]}"
-            ) from error
+        self._model, self._processor = _clip(weights)
 
     @torch.no_grad()
     def __call__(self, sample: Sample) -> Figures:
@@ -168,24 +173,20 @@ class _Aesthetic:
     _LINK = "https://github.com/christophschuhmann/improved-aesthetic-predictor (sac+logos+ava1-l14-linearMSE.pth)"
 
     def __init__(self, weights: Mapping[str, Path]) -> None:
-        from transformers import CLIPImageProcessor, CLIPModel
-
         file = _needed(weights, "aesthetic", "The aesthetic predictor", self._LINK)
-        folder = _needed(weights, "clip", "CLIP", _CLIP_LINK)
+        self._clip, self._processor = _clip(weights)
         state = torch.load(file, map_location="cpu", weights_only=True)
         numbers = sorted({int(name.split(".")[1]) for name in state if re.fullmatch(r"layers\.\d+\.weight", name)})
         self._layers = [(state[f"layers.{number}.weight"], state[f"layers.{number}.bias"]) for number in numbers]
-        self._clip = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
         width = self._clip.config.projection_dim
         if not numbers or self._layers[0][0].shape[1] != width or self._layers[-1][0].shape[0] != 1:
             raise ValueError(
                 f"{file} is no aesthetic predictor for this CLIP, whose embeddings have {width} values: get it from {self._LINK}."
             )
-        self._processor: Any = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
     def __call__(self, sample: Sample) -> Figures:
-        given = self._processor(images=sample.image, return_tensors="pt")
+        given = self._processor.image_processor(sample.image, return_tensors="pt")
         x = self._clip.visual_projection(self._clip.vision_model(**given).pooler_output)
         x = torch.nn.functional.normalize(x)
         # Between its linear layers there is nothing but dropout.
@@ -198,36 +199,25 @@ class _Detector:
     """Whether Grounding DINO finds the prompt's thing: 1 where the middle of a box it is sure of lies in the hole, else 0."""
 
     def __init__(self, weights: Mapping[str, Path]) -> None:
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+        from ..selection.detectors import Detector
+        from ..weights.detectors import WHERE_TO_GET, read_detector
+        from ..weights.grounding_dino import tokenizer
 
-        folder = _needed(
-            weights,
-            "detector",
-            "Grounding DINO",
-            "https://huggingface.co/IDEA-Research/grounding-dino-base (the whole folder)",
-        )
-        try:
-            self._model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, local_files_only=True).eval()
-            self._processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{folder} is no folder of a detector in transformers' layout: {str(error).splitlines()[0]}"
-            ) from error
+        file = _needed(weights, "detector", "Grounding DINO", WHERE_TO_GET)
+        self._detector = Detector.of(read_detector(file), tokenizer())
 
-    @torch.no_grad()
     def __call__(self, sample: Sample) -> Figures:
         if sample.mask is None or not sample.prompt:
             return {}
-        text = sample.prompt.strip().lower().rstrip(".") + "."
-        given = self._processor(images=sample.image, text=text, return_tensors="pt")
-        (found,) = self._processor.post_process_grounded_object_detection(
-            self._model(**given), given["input_ids"], threshold=_DETECTED, target_sizes=[sample.image.size[::-1]]
-        )
-        return {"detected": float(any(_middle_in(box, sample.mask[0, 0]) for box in found["boxes"]))}
+        # A full stop would end the phrase.
+        phrase = sample.prompt.replace(".", " ").strip().lower()
+        found = self._detector.detect(sample.pixels[0].movedim(0, -1), [phrase])
+        sure = [detection.box for detection in found if detection.score >= _DETECTED]
+        return {"detected": float(any(_middle_in(box, sample.mask[0, 0]) for box in sure))}
 
 
-def _middle_in(box: torch.Tensor, hole: torch.Tensor) -> bool:
-    left, top, right, bottom = box.tolist()
+def _middle_in(box: tuple[float, float, float, float], hole: torch.Tensor) -> bool:
+    left, top, right, bottom = box
     row = min(max(int((top + bottom) / 2), 0), hole.shape[0] - 1)
     column = min(max(int((left + right) / 2), 0), hole.shape[1] - 1)
     return bool(hole[row, column])

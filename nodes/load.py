@@ -27,7 +27,7 @@ class TrueFillDemoModel(io.ComfyNode):
                     "kind",
                     options=list(KINDS),
                     tooltip="inpainting: 9 input channels, as SD1.5-inpainting has. text-to-image: 4, as plain SD1.5 has. "
-                    "transformer: no UNet, as Flux, of whose class it is; a CFG of 4 suits it.",
+                    "transformer: no UNet, as Flux, of whose class it is.",
                 )
             ],
             outputs=[

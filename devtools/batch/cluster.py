@@ -11,11 +11,11 @@ from typing import Any
 
 from .. import client as client_module
 from ..paths import UserError
-from . import inputs, work
+from . import checkout, inputs, work
 
 
 class Cluster:
-    """Runs functions of `work` on workers."""
+    """Runs functions of `work` and `checkout` on workers."""
 
     def __init__(self, client: Any, elsewhere: bool) -> None:
         self._client, self._elsewhere = client, elsewhere
@@ -79,7 +79,7 @@ def open_cluster(scheduler: str | None, threads: int, timeout: float) -> Iterato
             own = distributed.LocalCluster(processes=False, n_workers=1, threads_per_worker=threads, **pages)
             client = distributed.Client(stack.enter_context(own))
         else:
-            for module in (work, client_module, inputs):
+            for module in (work, client_module, inputs, checkout):
                 cloudpickle.register_pickle_by_value(module)
                 stack.callback(cloudpickle.unregister_pickle_by_value, module)
             try:

@@ -21,7 +21,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,10 @@ from urllib.parse import urlsplit
 
 from .. import program
 from ..client import ServerGone
+from ..options import positive
 from ..pack import host_path, pack_module
 from ..paths import UserError
-from ..server import Server
+from ..server import Server, side_by_side
 from . import inputs
 from .cluster import Cluster, open_cluster
 from .console import Console
@@ -110,13 +110,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
-    return int(text)
-
-
 def address(text: str) -> str:
     """A server's address."""
     parts = urlsplit(text)
@@ -160,13 +153,8 @@ def local_servers(count: int, models: Sequence[Path]) -> Iterator[list[str]]:
         for number in range(count)
     ]
     print(f"Starting ComfyUI, {count} times ..." if count > 1 else "Starting ComfyUI ...", flush=True)
-    try:
-        with ThreadPoolExecutor(count) as starting:
-            list(starting.map(Server.__enter__, servers))
+    with side_by_side(servers):
         yield [server.address for server in servers]
-    finally:
-        for server in servers:
-            server.stop()
 
 
 def _gpus() -> int:

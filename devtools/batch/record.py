@@ -18,7 +18,7 @@ from typing import Any
 from ..client import Graph
 from ..paths import UserError
 from .inputs import Plan, title
-from .table import Row, file_names
+from .table import BETWEEN, Row, file_names
 from .work import Picture
 
 LINES = "results.jsonl"
@@ -118,9 +118,10 @@ class Record:
         titles = dict(zip(nodes, file_names(called), strict=True))
         files = []
         for picture in pictures:
-            of_node = f" {titles[picture.node]}" if len(nodes) > 1 else ""
-            several = sum(other.node == picture.node for other in pictures) > 1
-            name = f"{row.name}{of_node}{f' {picture.number}' if several else ''}{picture.suffix}"
+            parts = [row.name, *([titles[picture.node]] if len(nodes) > 1 else [])]
+            if sum(other.node == picture.node for other in pictures) > 1:
+                parts.append(str(picture.number))
+            name = BETWEEN.join(parts) + picture.suffix
             path = self.folder / PICTURES / name
             partial = path.with_name(f".{os.getpid()}.partial")
             try:

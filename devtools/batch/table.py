@@ -22,7 +22,9 @@ NAME = "name"
 """The column that names a row's results; without it they are numbered."""
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _MASK = ".mask.png"
-_NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
+BETWEEN = "~"
+"""Parts a row's name from what its files are called besides, and is in neither: no two rows can mean the same file."""
+_NOT_IN_NAMES = re.compile(r'[<>:"/\\|?*~\x00-\x1f\x7f]')
 _WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 _LONGEST = 120
 

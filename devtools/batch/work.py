@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib
 import os
 import re
-import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +22,6 @@ from .inputs import Upload
 SERVER = "TRUEFILL_SERVER"
 """A worker's variable with the address of its own ComfyUI."""
 DEFAULT = "http://127.0.0.1:8188"
-CHECKOUT = "TRUEFILL_CHECKOUT"
-"""A worker's variable with its folder of this checkout."""
 DEEPEST = 2
 """So many graphs may be in a server's queue, other people's too, when one more is not put in."""
 _FIRST_LOOK, _LAST_LOOK = 0.05, 1.0
@@ -92,19 +88,6 @@ def own_server() -> str:
 def ask_nodes(address: str, timeout: float) -> dict[str, Any]:
     """The descriptions of a server's nodes, by node id."""
     return Client(address).get_json("/object_info", timeout)
-
-
-def in_checkout(folder: str, module: str, function: str, *arguments: Any) -> Any:
-    """Call a function of one of the pack's modules, on a machine that has the checkout in this folder or where CHECKOUT says."""
-    folder = os.environ.get(CHECKOUT, folder)
-    if "devtools.pack" not in sys.modules:
-        # For this import alone: in the search path its `nodes` would be taken for the host's.
-        sys.path.insert(0, folder)
-        try:
-            importlib.import_module("devtools.pack")
-        finally:
-            sys.path.remove(folder)
-    return getattr(sys.modules["devtools.pack"].pack_module(module), function)(*arguments)
 
 
 def do_job(address: str, job: Job, limits: Limits) -> Outcome:

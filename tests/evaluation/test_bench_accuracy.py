@@ -33,8 +33,39 @@ def test_rows_are_the_papers_ablation_with_the_boundary_the_grids_and_the_starts
     assert [row.name for row in second] == [*(row.name for row in first), *accuracy.PILOTS]
 
 
+def test_the_transformers_rows_say_in_which_layers_a_method_acts(monkeypatch):
+    rows = accuracy.methods([accuracy.TRANSFORMER], [0.01])
+    assert [row.name for row in rows] == [
+        "plain",
+        *("SBC", "SBC alternate", "SBC first half", "SBC second half"),
+        *("PAIntA", "PAIntA alternate", "PAIntA first half", "PAIntA second half"),
+        "PAIntA + SBC",
+    ]
+    given = []
+    monkeypatch.setattr(accuracy, "with_method", lambda model, settings: given.append(settings) or model)
+    for row in rows:
+        given.clear()
+        accuracy.patched(None, row)
+        assert [type(settings).__name__ for settings in given] == ["PAIntA"] * row.painta + [
+            "SemanticBoundary"
+        ] * row.boundary
+        assert all(settings.layers == row.layers for settings in given)
+
+
+def test_outcomes_of_the_transformer_go_with_its_weights(monkeypatch, tmp_path):
+    names = [*bench.FILES.values(), bench.DIT_FILE]
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+    options = bench.parse(["--weights", str(tmp_path), "--models", "transformer", "9-channel", "--methods", "plain"])
+    unet, transformer = sorted(bench.tasks(options), key=lambda row: row.model)
+    before = [bench.settings(options, row)["weights"] for row in (unet, transformer)]
+    (tmp_path / bench.DIT_FILE).write_bytes(b"2")
+    after = [bench.settings(options, row)["weights"] for row in (unet, transformer)]
+    assert before[0] == after[0] and before[1] != after[1] and before[1].startswith(before[0])
+
+
 def test_every_row_can_be_asked_for_and_nothing_else(monkeypatch, capsys):
-    names = {row.name for row in accuracy.methods(list(accuracy.MODELS), [0.01])}
+    names = {row.name for row in accuracy.methods([*accuracy.MODELS], [0.01])}
     monkeypatch.setattr("sys.argv", ["bench_accuracy.py", "--methods", *sorted(names)])
     options = bench.parse()
     assert {row.name for row in bench.tasks(options)} == names

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 from devtools.pack import host_path, pack_module
+from truefill_testing.random_dino import random_dino
 
 metrics = pack_module("evaluation.picture_metrics")
+Detection = pack_module("imaging.detections").Detection
 triplets = pack_module("training.world.triplets")
 scenes = pack_module("training.world.scenes")
 
@@ -32,6 +35,14 @@ def sample(tmp_path_factory):
         paths[name] = folder / f"{name}.png"
         Image.fromarray(values).save(paths[name])
     return metrics.Sample(**paths, prompt="a red cup")
+
+
+@pytest.fixture(scope="module")
+def dino_file(tmp_path_factory) -> Path:
+    """A file of the published layout."""
+    path = tmp_path_factory.mktemp("dino") / "groundingdino_swint_ogc.pth"
+    torch.save(random_dino(), path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +172,37 @@ def test_missing_weights_are_a_sentence(name, weights, said):
         metrics.make_metric(name, weights)
 
 
-@pytest.mark.parametrize("name", ["clip", "detector"])
-def test_a_folder_of_something_else_is_a_sentence(name, tmp_path):
+def test_a_folder_of_something_else_is_a_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="in transformers' layout"):
-        metrics.make_metric(name, {name: tmp_path})
+    with pytest.raises(ValueError, match="no folder of CLIP in transformers' layout"):
+        metrics.make_metric("clip", {"clip": tmp_path})
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors is no Grounding DINO file"):
+        metrics.make_metric("detector", {"detector": tmp_path / "other.safetensors"})
+
+
+def test_a_thing_is_there_where_a_sure_box_has_its_middle_in_the_hole(sample, dino_file):
+    metric = metrics.make_metric("detector", {"detector": dino_file})
+    asked = []
+
+    def detect(picture, phrases):
+        asked.append((tuple(picture.shape), phrases))
+        return found
+
+    # What the network says of random weights means nothing; that it is asked, and with what, is seen first.
+    assert metric(sample)["detected"] in (0.0, 1.0)
+    metric._detector.detect = detect
+    inside, beside = (30.0, 15.0, 60.0, 35.0), (0.0, 0.0, 20.0, 10.0)
+    for boxes, wanted in ({inside: 0.31}, 1.0), ({inside: 0.29, beside: 0.9}, 0.0), ({}, 0.0):
+        found = [Detection(box, "a red cup", score) for box, score in boxes.items()]
+        assert metric(other(sample, prompt="A red cup. ")) == {"detected": wanted}
+    assert asked[0] == ((64, 96, 3), ["a red cup"])
+    assert metric(other(sample, hole=None)) == {}
 
 
 def test_a_box_counts_by_its_middle():
     hole = torch.zeros(10, 10)
     hole[4:6, 4:6] = 1
-    assert metrics._middle_in(torch.tensor([0.0, 0.0, 10.0, 10.0]), hole)
-    assert not metrics._middle_in(torch.tensor([0.0, 0.0, 4.0, 4.0]), hole)
-    assert not metrics._middle_in(torch.tensor([0.0, 0.0, 30.0, 30.0]), hole)
+    assert metrics._middle_in((0.0, 0.0, 10.0, 10.0), hole)
+    assert not metrics._middle_in((0.0, 0.0, 4.0, 4.0), hole)
+    assert not metrics._middle_in((0.0, 0.0, 30.0, 30.0), hole)

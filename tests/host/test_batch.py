@@ -10,7 +10,6 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from devtools.batch.console import Console
 from devtools.batch.record import Result
 from devtools.batch.schedule import Place
 from devtools.pack import host_path
-from devtools.server import Server
+from devtools.server import Server, side_by_side
 from truefill_testing.graphs import node
 from truefill_testing.stand_ins import SLOW_NODE
 
@@ -60,13 +59,8 @@ def graph() -> dict[str, Any]:
 @pytest.fixture
 def servers() -> Iterator[list[Server]]:
     both = [Server(host_path(), Path(sys.executable), beside=[SLOW_NODE], log_name=f"test-batch-{n}") for n in (1, 2)]
-    try:
-        with ThreadPoolExecutor(2) as starting:
-            list(starting.map(Server.__enter__, both))
+    with side_by_side(both):
         yield both
-    finally:
-        for server in both:
-            server.stop()
 
 
 @pytest.fixture
@@ -147,10 +141,10 @@ def test_each_row_has_its_result_whatever_servers_do(
     assert {row["status"] for row in rows} == {"done"} and {row["server"] for row in rows} == set(addresses)
     kept = [name for row in rows for name in row["files"].split("; ")]
     assert sorted(kept) == sorted(f"pictures/{path.name}" for path in (out / "pictures").iterdir())
-    assert len(set(kept)) == 2 * ROWS and "pictures/Äpfel & Birnen Composite.png" in kept
+    assert len(set(kept)) == 2 * ROWS and "pictures/Äpfel & Birnen~Composite.png" in kept
     for row in rows:
         composite, mask = (out / name for name in row["files"].split("; "))
-        assert (composite.stem, mask.stem) == (f"{row['result']} Composite", f"{row['result']} Its Mask")
+        assert (composite.stem, mask.stem) == (f"{row['result']}~Composite", f"{row['result']}~Its Mask")
         for path, wanted in zip((composite, mask), expected(jobs.parent, row), strict=True):
             with Image.open(io.BytesIO(path.read_bytes())) as picture:
                 made = np.asarray(picture.convert("RGB" if wanted.ndim == 3 else "L"), dtype=np.float64)

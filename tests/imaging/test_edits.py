@@ -23,12 +23,12 @@ edits = pack_module("imaging.edits")
 
 # The pack's photograph, and one that the host's templates have.
 PHOTOS = ("coffee", "template")
-SIZE = (360, 480)
+SIZE = (480, 640)
 
 
 @cache
 def photo(name: str) -> torch.Tensor:
-    """[3, *SIZE] in [0, 1]."""
+    """[3, 480, 640] in [0, 1]."""
     if name == "coffee":
         path = ROOT / "workflows" / "examples" / "coffee.png"
     else:
@@ -63,13 +63,7 @@ class Drift:
 def disc(share: float) -> torch.Tensor:
     """Of so much of a picture, bool."""
     rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
-    return torch.from_numpy((rows - 188) ** 2 + (columns - 262) ** 2 < share * SIZE[0] * SIZE[1] / np.pi)
-
-
-def part_of_the_coffee() -> tuple[torch.Tensor, torch.Tensor]:
-    """[3, 140, 170], and a disc in it."""
-    rows, columns = slice(118, 258), slice(177, 347)
-    return photo("coffee")[:, rows, columns], disc(0.01)[rows, columns]
+    return torch.from_numpy((rows - 250) ** 2 + (columns - 350) ** 2 < share * SIZE[0] * SIZE[1] / np.pi)
 
 
 def saved(picture: torch.Tensor, quality: int) -> torch.Tensor:
@@ -93,23 +87,24 @@ DRIFTS = {
     "still": Drift(),
     "shifted": Drift(2.37, -3.61),
     "scaled": Drift(-1.2, 0.4, 1.006, 0.995),
-    "larger": Drift(0.8, 1.9, 1.002, 1.003, (384, 516)),
-    "smaller": Drift(-2.6, 0.7, 0.997, 0.997, (336, 444)),
+    "larger": Drift(0.8, 1.9, 1.002, 1.003, (512, 688)),
+    "smaller": Drift(-2.6, 0.7, 0.997, 0.997, (448, 592)),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "drift", "tone", "share", "quality"),
+    ("drift", "tone", "share", "quality"),
     [
-        pytest.param("coffee", "shifted", None, 0.0, None, marks=pytest.mark.quick),
-        ("template", "scaled", cast, 0.05, None),
-        ("coffee", "scaled", darker, 0.2, 90),
-        ("coffee", "larger", cast, 0.4, None),
-        ("template", "smaller", cast, 0.3, 90),
-        ("template", "shifted", darker, 0.4, 80),
-        ("coffee", "still", cast, 0.4, 90),
+        pytest.param("shifted", None, 0.0, None, marks=pytest.mark.quick),
+        ("scaled", cast, 0.05, None),
+        ("scaled", darker, 0.2, 90),
+        ("larger", cast, 0.4, None),
+        ("smaller", cast, 0.3, 90),
+        ("shifted", darker, 0.4, 80),
+        ("still", cast, 0.4, 90),
     ],
 )
+@pytest.mark.parametrize("name", PHOTOS)
 def test_a_known_drift_is_taken_back(name: str, drift: str, tone, share: float, quality: int | None) -> None:
     original, other = photo(name), photo("template" if name == "coffee" else "coffee").flip(-1)
     inside = disc(share)
@@ -167,14 +162,14 @@ def test_a_change_alone_is_not_resampled() -> None:
 
 def test_an_edit_of_another_shape_may_be_cut_instead_of_stretched() -> None:
     original = photo("coffee")
-    made = torch.where(disc(0.1), photo("coffee").flip(0, -1), original)[None, :, :, 30:450]
-    made = torch.nn.functional.interpolate(made, size=(378, 441), mode="bicubic", antialias=True)[0].clamp(0.0, 1.0)
+    made = torch.where(disc(0.1), photo("coffee").flip(0, -1), original)[None, :, :, 40:600]
+    made = torch.nn.functional.interpolate(made, size=(504, 588), mode="bicubic", antialias=True)[0].clamp(0.0, 1.0)
     found = edits.take_edit(original, made)
     assert found.alignment is not None
-    assert abs(found.alignment.scale[0] / (480 / 420) - 1) <= 2e-4 and abs(found.alignment.scale[1] - 1) <= 2e-4
+    assert abs(found.alignment.scale[0] / (640 / 560) - 1) <= 2e-4 and abs(found.alignment.scale[1] - 1) <= 2e-4
     taken = found.mask > 0
     assert torch.equal(found.composite[:, ~taken], original[:, ~taken]) and bool(taken[disc(0.09)].all())
-    assert not taken[:, :28].any() and not taken[:, 452:].any()
+    assert not taken[:, :38].any() and not taken[:, 602:].any()
 
 
 @pytest.mark.quick
@@ -182,7 +177,7 @@ def test_a_given_mask_is_what_is_taken() -> None:
     original, inside = photo("coffee"), disc(0.1)
     made = cast(torch.where(inside, photo("coffee").flip(0, -1), original))
     mask = torch.zeros(SIZE)
-    mask[75:225, 135:285] = 0.5
+    mask[100:300, 180:380] = 0.5
     found = edits.take_edit(original, made, mask, edits.EditSettings(harmony=edits.Harmony("off")))
     assert torch.equal(found.mask, mask)
     half = 0.5 * (original + found.aligned)
@@ -192,7 +187,7 @@ def test_a_given_mask_is_what_is_taken() -> None:
 
 @pytest.mark.quick
 def test_a_faint_change_is_found_in_grain() -> None:
-    original, inside = part_of_the_coffee()
+    original, inside = photo("coffee")[:, 160:340, 240:460], disc(0.02)[160:340, 240:460]
     grain = 5 / 255 * torch.randn(original.shape, generator=torch.Generator().manual_seed(5))
     made = (original + grain + 20 / 255 * inside).clamp(0.0, 1.0)
     found = edits.changes(made, original, torch.ones_like(inside))
@@ -201,7 +196,7 @@ def test_a_faint_change_is_found_in_grain() -> None:
 
 
 def test_sensitivity_finds_fainter_changes() -> None:
-    original, inside = part_of_the_coffee()
+    original, inside = photo("coffee")[:, 160:340, 240:460], disc(0.02)[160:340, 240:460]
     noise = 0.01 * torch.randn(original.shape, generator=torch.Generator().manual_seed(1))
     made = (original + noise + 0.035 * inside).clamp(0.0, 1.0)
     shares = [

@@ -133,6 +133,38 @@ def test_coarse_steps_see_the_mean_of_four_cells_and_no_padding(monkeypatch):
     assert seen == {1: 77, 2: words + 1}
 
 
+def test_muon_moves_a_matrix_alike_in_all_directions_of_its_gradient():
+    weight, other = (torch.nn.Parameter(torch.zeros(size)) for size in ((24, 16), (3,)))
+    generator = torch.Generator().manual_seed(0)
+    columns, rows = torch.randn(24, 2, generator=generator), torch.randn(2, 16, generator=generator)
+    gradient = columns @ torch.diag(torch.tensor([10.0, 0.1])) @ rows
+
+    class OneMatrix:
+        def matrices(self):
+            return [weight]
+
+    settings = loop.Settings(steps=1, batch=1, learning_rate=1e-2, muon=True)
+    adam, muon = loop._optimizers(OneMatrix(), [weight, other], settings)
+    assert [group["params"] for group in adam.param_groups] == [[other]]
+    weight.grad = gradient
+    muon.step()
+    first, second = torch.linalg.svdvals(gradient)[:2]
+    assert first / second > 50
+    first, second = torch.linalg.svdvals(weight.detach())[:2]
+    assert 0 < first / second < 2
+    # As large as AdamW's step, which moves each weight by the rate (arXiv 2502.16982: 0.2 of it, by root mean square).
+    assert float(weight.detach().square().mean().sqrt()) < 1e-2
+    without = loop._optimizers(OneMatrix(), [weight, other], replace(settings, muon=False))
+    assert len(without) == 1
+
+
+def test_the_matrices_are_the_blocks_own():
+    task = make_task()
+    names = {name for name, weight in task.networks.named_parameters() if any(weight is one for one in task.matrices())}
+    assert "network.double_blocks.0.img_attn.qkv.weight" in names and "network.single_blocks.5.linear2.weight" in names
+    assert all("blocks" in name and "mod" not in name for name in names)
+
+
 def test_a_run_with_muon_is_resumed_as_if_it_had_not_stopped(tmp_path):
     settings = loop.Settings(steps=2, batch=2, learning_rate=1e-3, bfloat16=False, muon=True)
     runs = []

@@ -29,6 +29,8 @@ from pathlib import Path
 import torch
 from comfy.cli_args import args as host_arguments
 
+from devtools.options import positive
+
 from ..loop import Settings
 
 RUNS = Path(__file__).resolve().parents[2] / ".cache" / "training"
@@ -91,13 +93,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all stages (default: .cache/training)")
     parser.add_argument("--out", type=Path, help="folder for what samples and export write")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no whole number above 0")
-    return int(text)
 
 
 def usable_device(name: str) -> torch.device:

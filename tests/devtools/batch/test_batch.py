@@ -22,8 +22,10 @@ from devtools import launch
 from devtools.batch import command, schedule
 from devtools.batch.cluster import open_cluster
 from devtools.batch.console import Console
+from devtools.batch.record import Record
 from devtools.batch.schedule import Place, Scheduler, Task
-from devtools.batch.work import Job, Limits, Outcome
+from devtools.batch.table import Row, file_names
+from devtools.batch.work import Job, Limits, Outcome, Picture
 from devtools.paths import UserError
 from truefill_testing.comfy_stand_in import StandIn, graph
 from truefill_testing.dask_cluster import dask_cluster
@@ -96,7 +98,7 @@ def test_every_row_is_done_once_and_no_queue_is_long(jobs, capsys):
     with StandIn(0.01) as one, StandIn(0.01) as other:
         assert run(table, one, other) == 0
         assert one.ran + other.ran == {f"row {number}": 1 for number in range(1, 41)}
-        assert max(one.deepest, other.deepest) == 2 and min(one.ran.total(), other.ran.total()) > 5
+        assert max(one.depths + other.depths) == 2 and min(one.ran.total(), other.ran.total()) > 5
         # The same again has nothing to do.
         assert run(table, one, other) == 0
         assert (one.ran + other.ran).total() == 40
@@ -259,7 +261,7 @@ def test_an_interrupt_while_pictures_are_on_their_way_leaves_no_queue(tmp_path, 
         slow.upload_seconds = 1.0
         with pytest.raises(KeyboardInterrupt):
             run(table, quick, slow)
-        assert slow.deepest > 0 and not slow._queue
+        assert slow.depths and not slow._queue
     assert slow.ran.total() == 0
 
 
@@ -272,6 +274,55 @@ def test_what_has_changed_is_done_again(jobs):
         assert run(table, server) == 0
         assert server.ran == {"row 1": 1, "row 2": 1, "row 3": 2, "row 4": 1, "a star": 1}
     assert prompts_of(table) == {**every(4), "row 2": "a star"}
+
+
+def test_other_peoples_graphs_come_first(jobs):
+    table = jobs(6)
+    with StandIn(0.15) as server:
+        for number in range(5):
+            server.put(
+                f"theirs {number}", {**graph(), "2": {"class_type": "x", "inputs": {"prompt": f"theirs {number}"}}}
+            )
+        assert run(table, server) == 0
+        assert server.ran == {**{f"theirs {number}": 1 for number in range(5)}, **dict.fromkeys(every(6), 1)}
+        # With each of ours that was put in there were two at most.
+        assert max(server.depths) == 2 and len(server.depths) == 6
+        assert not any(name.startswith("theirs") for name in server.canceled)
+
+
+def test_a_picture_that_was_painted_over_is_done_again(tmp_path):
+    (tmp_path / "graph.json").write_text(json.dumps(graph()))
+    for name in ("a", "b", "m"):
+        Image.new("L" if name == "m" else "RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    table = tmp_path / "jobs.csv"
+    table.write_text("image,mask,prompt\na.png,m.png,one\nb.png,,two\n")
+    with StandIn() as server:
+        assert run(table, server) == 0 and run(table, server) == 0
+        assert server.ran == {"one": 1, "two": 1}
+        Image.new("L", (4, 4), 255).save(tmp_path / "m.png")
+        assert run(table, server) == 0
+        assert server.ran == {"one": 2, "two": 1}
+        with Image.open(tmp_path / "out" / "pictures" / "00001.png") as picture:
+            assert picture.getpixel((0, 0)) == (0, 0, 0, 0)
+
+
+def test_no_two_rows_write_the_same_file(tmp_path):
+    record = Record(tmp_path)
+    made = []
+    for row, pictures in (
+        ("a", [("5", 1), ("5", 2)]),
+        ("a~1", [("5", 1)]),
+        ("a 1", [("5", 1)]),
+        ("a", [("4", 1), ("5", 1)]),
+        ("a~Result", [("5", 1)]),
+    ):
+        made.append((row, [Picture(node, number, ".png", b"") for node, number in pictures]))
+    rows = [Row(number, name, {}) for number, name in enumerate(file_names([row for row, _ in made]), 1)]
+    files = [record.save_pictures(row, graph(), pictures) for row, (_, pictures) in zip(rows, made, strict=True)]
+    every_one = [file for of_row in files for file in of_row]
+    assert len({file.casefold() for file in every_one}) == len(every_one) == 7
+    assert files[0] == ["pictures/a~1.png", "pictures/a~2.png"]
+    assert files[3] == ["pictures/a-2~KSampler.png", "pictures/a-2~Result.png"]
 
 
 def test_two_batches_on_the_same_servers_do_not_mix(jobs):

@@ -99,6 +99,21 @@ def test_a_row_fills_a_graph_and_leaves_it_as_it_was(tmp_path):
     assert alone.data == (tmp_path / "a b.png").read_bytes()
 
 
+def test_a_cameras_picture_is_turned_upright_with_its_mask(tmp_path):
+    colors = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    turned = Image.Exif()
+    # Lies on its side: the first row is the right column.
+    turned[0x0112] = 6
+    Image.fromarray(colors).save(tmp_path / "a.png", exif=turned)
+    hole = np.zeros((9, 6), np.uint8)
+    hole[0, 5] = 255
+    picture(tmp_path / "m.png", hole, "L")
+    values = {"image": "a.png", "mask": "m.png"}
+    _, (upload,) = fill_in(graph(), plan(*values), Row(1, "x", values), tmp_path)
+    sent = np.asarray(Image.open(io.BytesIO(upload.data)))
+    assert (sent[..., :3] == np.rot90(colors, -1)).all() and (sent[..., 3] == 255 - hole).all()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -90,6 +90,6 @@ def test_names_are_of_one_folder_and_of_one_row_each(names):
     assert len({name.casefold() for name in found}) == len(names)
     for name in found:
         assert name and Path(name).name == name and not name.startswith(".") and name == name.strip(" .")
-        assert not set(name) & set('<>:"/\\|?*\0\n')
+        assert not set(name) & set('<>:"/\\|?*~\0\n')
         assert name.split(".")[0].lower() not in ("con", "nul")
     assert file_names(["a b ü", "../a", "a", "A"]) == ["a b ü", "a", "a-2", "A-3"]

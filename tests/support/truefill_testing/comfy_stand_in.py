@@ -45,16 +45,16 @@ def graph() -> dict[str, Any]:
 class StandIn:
     """Answers as ComfyUI does; a context manager.
 
-    A graph ends after `seconds`; its picture has the prompt as its "prompt" chunk. `fails` maps prompts to the error of a node.
-    `deepest` is the longest that the queue ever was, `ran` counts prompts that ended, `uploads` has what was put into the input
-    folder, which takes `upload_seconds` for each.
+    A graph ends after `seconds`; its picture has the prompt as its "prompt" chunk. `fails` maps prompts to a node's error.
+    `depths` is how long the queue was with each that was sent, `ran` counts prompts that ended, and `uploads` has what was put
+    into the input folder.
     """
 
     def __init__(self, seconds: float = 0.0, fails: dict[str, str] | None = None) -> None:
         self.seconds, self.fails = seconds, fails or {}
         self.hangs = self.redirects = False
         self.upload_seconds = 0.0
-        self.deepest = 0
+        self.depths: list[int] = []
         self.ran: Counter[str] = Counter()
         self.uploads: dict[str, bytes] = {}
         self.canceled: list[str] = []
@@ -141,9 +141,13 @@ class StandIn:
         if unknown := [node for node in body["prompt"].values() if node["class_type"] not in NODES]:
             error = {"type": "x", "message": f"Node '{unknown[0]['class_type']}' not found.", "details": ""}
             return web.json_response({"error": error, "node_errors": {}}, status=400)
-        self._queue[prompt_id] = body["prompt"]
-        self.deepest = max(self.deepest, len(self._queue))
+        self.put(prompt_id, body["prompt"])
+        self.depths.append(len(self._queue))
         return web.json_response({"prompt_id": prompt_id, "number": 0, "node_errors": {}})
+
+    def put(self, prompt_id: str, nodes: dict[str, Any]) -> None:
+        """Queue a graph, as somebody else would."""
+        self._queue[prompt_id] = nodes
 
     async def _work(self) -> None:
         while True:

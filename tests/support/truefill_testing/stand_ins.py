@@ -34,7 +34,7 @@ SMALL_CLIP_H = ROOT / "tests" / "support" / "small_clip_h"
 """Likewise."""
 SMALL_TRANSFORMERS = ROOT / "tests" / "support" / "small_transformers"
 """Likewise, for files that are empty."""
-SLOW_NODE = ROOT / "tests" / "support" / "slow_node"
+SLOW_NODE = ROOT / "evaluation" / "slow_node"
 """A pack for the server: a node that takes its time and no processor."""
 EMPTY = (
     "diffusion_models/flux1-fill-dev.safetensors",
