@@ -10,6 +10,7 @@ import copy
 import hashlib
 import os
 import re
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -91,25 +92,26 @@ def ask_nodes(address: str, timeout: float) -> dict[str, Any]:
 
 
 def do_job(address: str, job: Job, limits: Limits) -> Outcome:
-    """Run a row's graph on a server and fetch what it has saved. Raises nothing."""
+    """Run a row's graph on a server, on one of Dask's workers, and fetch what it has saved. Raises nothing."""
     client, started, answers = Client(address), time.monotonic(), False
 
     def ended(status: str, error: str = "", pictures: list[Picture] | None = None) -> Outcome:
         return Outcome(status, time.monotonic() - started, error, pictures or [])
 
     try:
-        while client.waiting(limits.answer) >= DEEPEST:
-            answers = True
-            if time.monotonic() - started > _PATIENCE:
-                return ended("busy", f"The queue of {address} is full of other people's graphs.")
-            time.sleep(0.2)
+        client.waiting(limits.answer)
         answers = True
         graph = copy.deepcopy(job.graph)
         for upload in job.uploads:
             name = client.upload_image(upload.data, _unique(upload), job.subfolder, limits.answer)
             graph[upload.target.node]["inputs"][upload.target.input] = name
-        started = time.monotonic()
-        client.queue(graph, job.prompt_id, limits.answer)
+        with _door(address):
+            while client.waiting(limits.answer) >= DEEPEST:
+                if time.monotonic() - started > _PATIENCE:
+                    return ended("busy", f"The queue of {address} is full of other people's graphs.")
+                time.sleep(0.2)
+            started = time.monotonic()
+            client.queue(graph, job.prompt_id, limits.answer)
         history = _wait(client, job.prompt_id, limits)
         status = history["status"]["status_str"]
         if status != "success":
@@ -125,6 +127,14 @@ def do_job(address: str, job: Job, limits: Limits) -> Outcome:
         # Whatever a server says that is none, or none any more: it must not end the batch.
         status = "gone" if answers else "away"
         return ended(status, str(error) if isinstance(error, ServerGone) else f"{address}: {error!r}")
+
+
+def _door(address: str) -> threading.Lock:
+    """For one row at a time: two of a worker's that find room for one would both go in."""
+    from distributed import get_worker
+
+    doors: dict[str, threading.Lock] = vars(get_worker()).setdefault("truefill_doors", {})
+    return doors.setdefault(address, threading.Lock())
 
 
 def cancel_job(address: str, prompt_id: str) -> None:

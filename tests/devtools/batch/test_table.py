@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devtools.batch.table import file_names, read_rows
@@ -84,6 +84,7 @@ def test_what_is_not_there_or_not_text_is_one_sentence(tmp_path):
 NASTY = ["../a", "a", "A", "a-2", "con", "NUL.png", "/etc/x", "..", "C:\\x"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.text(max_size=12), st.sampled_from(NASTY)), max_size=8))
 def test_names_are_of_one_folder_and_of_one_row_each(names):
     found = file_names(names)
