@@ -137,11 +137,12 @@ def _clip(weights: Mapping[str, Path]) -> tuple[Any, Any]:
 
     folder = _needed(weights, "clip", "CLIP", _CLIP_LINK)
     try:
-        found = [kind.from_pretrained(folder, local_files_only=True) for kind in (CLIPModel, CLIPProcessor)]
+        model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+        processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"{folder} is no folder of CLIP in transformers' layout: {said}") from error
-    return found[0].eval(), found[1]
+    return model, processor
 
 
 class _Clip:
