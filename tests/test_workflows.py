@@ -86,6 +86,29 @@ def test_graph_is_flat_and_in_the_format_that_every_editor_reads(name: str) -> N
 
 
 @pytest.mark.parametrize("name", GRAPHS)
+def test_app_mode_shows_the_picture_the_words_the_seeds_and_the_results(name: str) -> None:
+    graph = editor_graph(name)
+    nodes = {str(node["id"]): node for node in graph["nodes"]}
+    results = [key for key, node in nodes.items() if node["type"] in ("SaveImage", "PreviewImage")]
+    if not results:
+        assert "linearData" not in graph["extra"]
+        return
+    assert graph["extra"]["linearMode"] is False
+    shown = graph["extra"]["linearData"]
+    assert shown["outputs"] == results
+    free = {
+        key: [socket["name"] for socket in node.get("inputs", []) if socket.get("widget") and socket["link"] is None]
+        for key, node in nodes.items()
+    }
+    assert all(widget in free[key] for key, widget in shown["inputs"])
+    photos = [key for key, node in nodes.items() if node["type"] == "TrueFillExamplePhoto"]
+    prompts = [key for key, node in nodes.items() if node["type"] == "TrueFillEncodePrompt"]
+    seeds = [(key, widget) for key in nodes for widget in free[key] if widget in ("seed", "noise_seed")]
+    wanted = {(key, "photo") for key in photos} | {(key, "prompt") for key in prompts} | set(seeds)
+    assert wanted <= {tuple(each) for each in shown["inputs"]}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
 def test_every_loader_links_the_files_that_it_names(name: str) -> None:
     nodes = editor_graph(name)["nodes"]
     loaders = [node for node in nodes if "Loader" in node["type"] or node["type"] in LOADERS]
