@@ -43,11 +43,17 @@ class Cluster:
             return function(*arguments)
         return self._client.run(*self._sent(function, *arguments), workers=[worker])[worker]
 
+    def result(self, future: Any, seconds: float) -> Any:
+        """What a call that has ended gave; None where that can't be had in time."""
+        # Which is not the built-in one before Python 3.11.
+        with contextlib.suppress(asyncio.TimeoutError):
+            return future.result(timeout=seconds)
+        return None
+
     def wait(self, futures: Iterable[Any], seconds: float) -> None:
         """Until one has ended, or so long."""
         from distributed import wait
 
-        # Which is not the built-in one before Python 3.11.
         with contextlib.suppress(asyncio.TimeoutError):
             wait(list(futures), timeout=seconds, return_when="FIRST_COMPLETED")
 

@@ -21,6 +21,8 @@ _REST, _LONGEST_REST = 2.0, 60.0
 """Seconds until a server that was gone, or that failed several times in a row, is given a row again; doubled each time."""
 _FAILURES = 3
 _LOOK = 0.5
+_FETCH = 10.0
+"""Seconds for what a row gave to come from its worker."""
 _LAST_LOOK = 10.0
 """Seconds for what is at work to end when the batch does."""
 _BLAMED = 3
@@ -113,7 +115,9 @@ class Scheduler:
                 self._cluster.wait(self._running, _LOOK)
                 ended = [future for future in self._running if future.done()]
                 for future in ended:
-                    yield from self._take(future)
+                    # Taking one may have found the worker of others gone.
+                    if future in self._running:
+                        yield from self._take(future)
                 if not ended:
                     self._take_back()
         finally:
@@ -161,12 +165,16 @@ class Scheduler:
             self._waiting.appendleft(running.task)
 
     def _take(self, future: Any) -> Iterator[Done]:
+        finished = future.status == "finished"
+        outcome: Outcome | None = self._cluster.result(future, _FETCH) if finished else None
+        if finished and outcome is None:
+            # What it gave lay with its worker, and that may be gone: then the row is taken back.
+            self._take_back()
+            return
         running = self._running.pop(future)
         task, place = running.task, running.place
         place.busy -= 1
-        if future.status == "finished":
-            outcome: Outcome = future.result()
-        else:
+        if outcome is None:
             # The worker went, and with it what it was told.
             outcome = Outcome("gone", 0.0, f"The worker of {place.name} ended: {future.exception()!r}")
         if outcome.status == "away":
@@ -176,7 +184,7 @@ class Scheduler:
         task.attempts += outcome.status != "busy"
         if outcome.status == "gone":
             task.gone += 1
-            if future.status == "finished":
+            if finished:
                 place.pause(outcome.error)
                 self._cancel(running)
             if task.gone >= _BLAMED:

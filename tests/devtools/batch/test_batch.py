@@ -468,6 +468,30 @@ def test_a_worker_that_dies_loses_nothing(jobs, tmp_path):
     assert sum(row["status"] == "done" for row in results(table)) == 16
 
 
+def test_a_worker_that_dies_with_what_its_row_gave_loses_nothing(jobs, tmp_path, monkeypatch):
+    """The row has ended, and its worker goes before anybody asks what came of it."""
+    table = jobs(6)
+    take, killed = schedule.Scheduler._take, []
+
+    def kill_first(self, future):
+        if not killed:
+            killed.append(pids[self._running[future].place.worker])
+            psutil.Process(killed[0]).kill()
+        yield from take(self, future)
+
+    monkeypatch.setattr(schedule, "_FETCH", 2.0)
+    with (
+        StandIn() as server,
+        dask_cluster(tmp_path, 2, variables={"TRUEFILL_SERVER": server.address}) as address,
+        Client(address) as client,
+    ):
+        pids = client.run(os.getpid)
+        monkeypatch.setattr(schedule.Scheduler, "_take", kill_first)
+        assert run(table, scheduler=address) == 0
+    assert killed and prompts_of(table) == every(6)
+    assert [row["status"] for row in results(table)] == ["done"] * 6
+
+
 def test_a_scheduler_that_is_not_there_is_a_sentence(jobs):
     with pytest.raises(UserError, match=r"no Dask scheduler at tcp://127.0.0.1:9"):
         run(jobs(1), scheduler="tcp://127.0.0.1:9", answer=1)
