@@ -26,8 +26,8 @@ _NOTES = ("MarkdownNote",)
 class Blueprint:
     """A node to be, made of a shipped graph.
 
-    inside: titles or types of the nodes that go into it. inputs, outputs: what it shows, by the name that it has there. Several
-    endings of an input get the same.
+    name: without a comma, which the editor's search takes for something else. inside: titles or types of the nodes that go into
+    it. inputs, outputs: what it shows, by the name that it has there. Several endings of an input get the same.
     """
 
     name: str
@@ -74,7 +74,7 @@ BLUEPRINTS = (
         _STITCHED,
     ),
     Blueprint(
-        "Inpaint With Any Model (SD1.5, PILOT)",
+        "Inpaint With Any Model (PILOT SD1.5)",
         "Fills the hole with a model that was never trained to inpaint: PILOT optimizes the latent while it is sampled.",
         "pilot_sd15",
         (
@@ -96,7 +96,7 @@ BLUEPRINTS = (
         _STITCHED,
     ),
     Blueprint(
-        "Remove (SD1.5, PowerPaint 2.1)",
+        "Remove (PowerPaint SD1.5)",
         "Takes what is in the hole out of the picture: the prompt says what is behind it, the negative prompt what shall go.",
         "powerpaint_remove_sd15",
         (*_FILL, "TrueFillLoadBranch", "TrueFillApplyBranch", "TrueFillPowerPaintPrompt"),
