@@ -197,7 +197,7 @@ def build(blueprint: Blueprint) -> Graph:
     graph = json.loads((ROOT / "workflows" / f"{blueprint.graph}.json").read_text(encoding="utf-8"))
     nodes = [node for node in graph["nodes"] if not {node.get("title"), node["type"]}.isdisjoint(blueprint.inside)]
     by_id = {node["id"]: node for node in nodes}
-    links = [
+    links: list[Graph] = [
         dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
         for link in graph["links"]
         if link[1] in by_id and link[3] in by_id

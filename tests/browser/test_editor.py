@@ -50,6 +50,7 @@ def changes(name: str) -> dict[str, dict[str, Any]]:
         "TrueFillCropRegion": {"native_size": NATIVE},
         "TrueFillUpscale": {"steps": STEPS - 1, "tile": 0},
         "TrueFillDreamMix": {"steps": STEPS, "seed": SEED},
+        "TrueFillTrainSubject": {"steps": 2, "sample_every": 2, "native_size": NATIVE // 2},
         "TrueFillPILOT": {**SHORT_PILOT, "steps": STEPS, "seed": SEED},
     }
     present = {node["class_type"] for node in api_graph(name).values()}
