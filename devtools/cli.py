@@ -21,6 +21,15 @@ checkout into its custom_nodes folder, and run dev.py with the Python that it ru
 # Most tests need one core and wait for servers and browsers besides.
 SIDE_BY_SIDE = ("-n", "2", "--dist", "worksteal")
 
+# Loading, help pages, every family on a real server, the graphs of the demo model, the formulas, what stays behind.
+ON_OLDER_HOSTS = (
+    "tests/host/test_server.py",
+    "tests/host/test_nodes.py",
+    "tests/host/test_demo_model.py",
+    "tests/model_patches/hd_painter/test_exact.py",
+    "tests/model_patches/hd_painter/test_guidance.py",
+)
+
 # The literal forms make and drop large matrices all the time: torch asks for huge pages, and glibc hands less back at once.
 KEEP_MEMORY = {
     "THP_MEM_ALLOC_ENABLE": "1",
@@ -86,7 +95,11 @@ def _demo(options: argparse.Namespace, rest: list[str]) -> int:
 def _test(options: argparse.Namespace, rest: list[str]) -> int:
     chosen = [*(["-m", "quick"] if options.quick else []), *(["--oracles"] if options.oracles else [])]
     side_by_side = [] if rest and not options.quick else SIDE_BY_SIDE
-    folder, python = _prepare("pytest", "hypothesis", "xdist", "segment_anything")
+    tools = ("pytest", "hypothesis", "xdist", "segment_anything")
+    folder, python = _prepare(*tools, pinned=options.host is not None)
+    if options.host is not None:
+        folder = host.ensure_older(python, options.host)
+        chosen += [] if rest else ON_OLDER_HOSTS
     return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, variables=KEEP_MEMORY)
 
 
@@ -144,6 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="compute the literal forms' answers anew instead of reading the kept ones",
     )
+    test.add_argument(
+        "--host",
+        metavar="VERSION",
+        help="with an older ComfyUI, such as 0.20.1, of which the package index has an archive",
+    )
     add("lint", _lint, "Check style, format and types (ruff, basedpyright).")
     bench = add(
         "bench", _bench, "Run evaluation/bench_NAME.py; further arguments go to it: -h after the name lists them."
@@ -169,8 +187,15 @@ def _options(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[arg
         own = [name for name in rest if name not in ("-h", "--help")]
         options, others = parser.parse_known_args([*command, *own])
         return options, [*others, *(name for name in rest if name not in own)]
-    own = [name for name in rest if command == ["test"] and name in ("--quick", "--oracles")]
-    return parser.parse_args([*command, *own]), [name for name in rest if name not in own]
+    own, others, left = [], [], iter(rest)
+    for name in left:
+        if command == ["test"] and name == "--host":
+            own += [name, next(left, "")]
+        elif command == ["test"] and name in ("--quick", "--oracles"):
+            own.append(name)
+        else:
+            others.append(name)
+    return parser.parse_args([*command, *own]), others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

