@@ -31,7 +31,7 @@ class Extent:
         """Of the differences of these pixels, a tensor of any shape; all figures of no pixels are 0."""
         if not levels.numel():
             return cls(0, 0, 0.0, 0.0)
-        levels = levels.double()
+        levels = levels.cpu().double()
         return cls(levels.numel(), int(levels.count_nonzero()), float(levels.max()), float(levels.mean()))
 
     def __str__(self) -> str:

@@ -106,7 +106,7 @@ def _irregular(hole: torch.Tensor, rng: np.random.Generator, strokes: int) -> to
 def _scribble(hole: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """To and fro across the object's longer direction, as with a wide brush."""
     canvas = _Canvas(torch.zeros_like(hole))
-    cells = hole[0, 0].nonzero().double().cpu().numpy()
+    cells = hole[0, 0].nonzero().cpu().double().numpy()
     middle = cells.mean(0)
     # Of a single pixel there is no direction.
     axis = np.linalg.svd(cells - middle, full_matrices=False)[2][0] if len(cells) > 1 else np.array([0.0, 1.0])
@@ -145,7 +145,7 @@ class _Canvas:
     def point_inside(self, rng: np.random.Generator) -> np.ndarray:
         """A random pixel that is painted."""
         painted = self.picture[0, 0].nonzero()
-        return painted[int(rng.integers(len(painted)))].double().cpu().numpy()
+        return painted[int(rng.integers(len(painted)))].cpu().double().numpy()
 
     def line(self, start: np.ndarray, end: np.ndarray, width: float) -> None:
         """A stroke of a round brush: every pixel within half of `width` of the line; the nearest pixel at least."""

@@ -163,6 +163,6 @@ def released_over_ddim(model_sampling: Any, sigma: torch.Tensor, sigma_next: tor
 
 def _training_beta(model_sampling: Any, sigma: torch.Tensor) -> float:
     step = int(model_sampling.timestep(sigma))
-    alpha_bar = 1.0 / (1.0 + model_sampling.sigmas.double() ** 2)
+    alpha_bar = 1.0 / (1.0 + model_sampling.sigmas.cpu().double() ** 2)
     before = float(alpha_bar[step - 1]) if step > 0 else 1.0
     return 1.0 - float(alpha_bar[step]) / before

@@ -103,12 +103,20 @@ def test_the_latest_line_of_a_slow_pip_is_shown(tmp_path: Path, logs: Path, monk
     monkeypatch.setattr(pip, "REPORT_SECONDS", 0.2)
     (logs / "pip.log").write_text("ERROR: of another day\n")
     slow = tmp_path / "python"
-    slow.write_text("#!/bin/sh\necho Collecting torch\necho\nsleep 1\necho No space left\nexit 2\n")
+    seen = tmp_path / "seen"
+    wait = f"while [ ! -f '{seen}' ]; do sleep 0.05; done"
+    slow.write_text(f"#!/bin/sh\necho Collecting torch\necho\n{wait}\necho No space left\nexit 2\n")
     slow.chmod(0o755)
     shown: list[str] = []
+
+    def show(line: str) -> None:
+        shown.append(line)
+        seen.touch()
+
     with pytest.raises(UserError, match=r"^Fetching failed; pip says: exit code 2 \("):
-        pip.run(slow, [], "Fetching", shown.append)
-    assert shown and all(line.endswith(" s  Collecting torch") for line in shown)
+        pip.run(slow, [], "Fetching", show)
+    assert shown[0].endswith(" s  Collecting torch")
+    assert all(line.endswith((" s  Collecting torch", " s  No space left")) for line in shown)
     assert (logs / "pip.log").read_text().endswith("Collecting torch\n\nNo space left\n")
 
 

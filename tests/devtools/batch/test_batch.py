@@ -187,6 +187,9 @@ def test_servers_of_the_same_address_on_several_machines_are_several():
         def wait(self, futures, seconds):
             pass
 
+        def result(self, future, seconds):
+            return future.result()
+
     places = [Place("http://127.0.0.1:8188", worker) for worker in ("small", "large")]
     scheduler = Scheduler(Machines(), places, Limits(), retries=1, patience=1.0)
     ended = list(scheduler.run(Task(number, lambda: Job({}, [], "", "")) for number in range(6)))
