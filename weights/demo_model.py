@@ -9,6 +9,7 @@ they are looked for in `demo/`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def host_model(config: Any, state: Mapping[str, torch.Tensor]) -> comfy.model_pa
         supported_dtypes=supported,
         weight_dtype=comfy.utils.weight_dtype(state, UNET_PREFIX),
     )
-    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, supported), device=device)
+    # ComfyUI before 0.30 does not ask for the device.
+    asked = inspect.signature(config.set_inference_dtype).parameters
+    along = {"device": device} if "device" in asked else {}
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, supported), **along)
     first_device = comfy.model_management.unet_inital_load_device(parameters, dtype)
     model = config.get_model(state, UNET_PREFIX, device=first_device)
     patcher = comfy.model_patcher.CoreModelPatcher(
