@@ -19,7 +19,6 @@ Ending = tuple[str, str]
 
 _CATEGORY = "Image generation and editing/TrueFill"
 _INPUTS, _OUTPUTS = -10, -20
-_NOTES = ("MarkdownNote",)
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,13 @@ _WORDS: dict[str, tuple[Ending, ...]] = {
     "prompt": (("TrueFillEncodePrompt", "prompt"),),
     "negative_prompt": (("Negative Prompt", "text"),),
 }
+_FILLING: dict[str, tuple[Ending, ...]] = {
+    **_REGION,
+    **_WORDS,
+    "seed": (("KSampler", "seed"),),
+    "context_percent": (("TrueFillCropRegion", "context_percent"),),
+    "ckpt_name": (("CheckpointLoaderSimple", "ckpt_name"),),
+}
 
 BLUEPRINTS = (
     Blueprint(
@@ -64,13 +70,7 @@ BLUEPRINTS = (
         "Puts what the prompt says into the hole, at the model's own size, with PAIntA and RASG; the rest stays as it is.",
         "crop_stitch_sd15",
         (*_FILL, "TrueFillPAIntA", "TrueFillRASG"),
-        {
-            **_REGION,
-            **_WORDS,
-            "seed": (("KSampler", "seed"),),
-            "context_percent": (("TrueFillCropRegion", "context_percent"),),
-            "ckpt_name": (("CheckpointLoaderSimple", "ckpt_name"),),
-        },
+        _FILLING,
         _STITCHED,
     ),
     Blueprint(
@@ -100,14 +100,7 @@ BLUEPRINTS = (
         "Takes what is in the hole out of the picture: the prompt says what is behind it, the negative prompt what shall go.",
         "powerpaint_remove_sd15",
         (*_FILL, "TrueFillLoadBranch", "TrueFillApplyBranch", "TrueFillPowerPaintPrompt"),
-        {
-            **_REGION,
-            **_WORDS,
-            "seed": (("KSampler", "seed"),),
-            "context_percent": (("TrueFillCropRegion", "context_percent"),),
-            "ckpt_name": (("CheckpointLoaderSimple", "ckpt_name"),),
-            "branch_name": (("TrueFillLoadBranch", "branch"),),
-        },
+        {**_FILLING, "branch_name": (("TrueFillLoadBranch", "branch"),)},
         _STITCHED,
     ),
     Blueprint(
@@ -196,11 +189,11 @@ def build(blueprint: Blueprint) -> Graph:
     """The file of a blueprint: a graph of one node, and the definition of what is in it."""
     graph = json.loads((ROOT / "workflows" / f"{blueprint.graph}.json").read_text(encoding="utf-8"))
     nodes = [node for node in graph["nodes"] if not {node.get("title"), node["type"]}.isdisjoint(blueprint.inside)]
-    by_id = {node["id"]: node for node in nodes}
+    ids = {node["id"] for node in nodes}
     links: list[Graph] = [
         dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
         for link in graph["links"]
-        if link[1] in by_id and link[3] in by_id
+        if link[1] in ids and link[3] in ids
     ]
     _cut(nodes, {link["id"] for link in links})
     left = min(node["pos"][0] for node in nodes)
@@ -210,23 +203,23 @@ def build(blueprint: Blueprint) -> Graph:
     numbers = iter(range(graph["last_link_id"] + 1, 10_000))
 
     for row, (name, endings) in enumerate(blueprint.inputs.items()):
-        made = []
+        fed = []
         for title, ending in endings:
             node = _node(nodes, title)
             slot, socket = _socket(node, "inputs", ending)
-            number = next(numbers)
-            socket["link"] = number
-            links.append(_link(number, (_INPUTS, row), (node["id"], slot), socket["type"]))
-            made.append((node, socket, number))
-        socket = made[0][1]
-        sockets_in.append(_of_definition(blueprint, "input", name, socket["type"], [made_[2] for made_ in made]))
+            socket["link"] = next(numbers)
+            links.append(_link(socket["link"], (_INPUTS, row), (node["id"], slot), socket["type"]))
+            fed.append((node, socket))
+        node, socket = fed[0]
+        carried = [of["link"] for _, of in fed]
+        sockets_in.append(_of_definition(blueprint, "input", name, socket["type"], carried))
         if socket.get("widget"):
-            promoted.append((name, str(made[0][0]["id"]), socket["widget"]["name"]))
+            promoted.append((name, str(node["id"]), socket["widget"]["name"]))
     for row, (name, (title, ending)) in enumerate(blueprint.outputs.items()):
         node = _node(nodes, title)
         slot, socket = _socket(node, "outputs", ending)
         number = next(numbers)
-        socket["links"] = [*(socket["links"] or []), number]
+        socket["links"].append(number)
         links.append(_link(number, (node["id"], slot), (_OUTPUTS, row), socket["type"]))
         sockets_out.append(_of_definition(blueprint, "output", name, socket["type"], [number]))
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from devtools.pack import ROOT, pack_module
 from devtools.server import Server
-from truefill_testing.stand_ins import SHORT_PILOT
+from truefill_testing.stand_ins import SHORT_PILOT, SHORT_TRAINING
 
 pytestmark = pytest.mark.browser
 
@@ -50,7 +50,7 @@ def changes(name: str) -> dict[str, dict[str, Any]]:
         "TrueFillCropRegion": {"native_size": NATIVE},
         "TrueFillUpscale": {"steps": STEPS - 1, "tile": 0},
         "TrueFillDreamMix": {"steps": STEPS, "seed": SEED},
-        "TrueFillTrainSubject": {"steps": 2, "sample_every": 2, "native_size": NATIVE // 2},
+        "TrueFillTrainSubject": SHORT_TRAINING,
         "TrueFillPILOT": {**SHORT_PILOT, "steps": STEPS, "seed": SEED},
     }
     present = {node["class_type"] for node in api_graph(name).values()}

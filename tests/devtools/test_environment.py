@@ -100,7 +100,7 @@ def test_a_failure_of_pip_is_its_last_error_and_the_log(
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
 def test_the_latest_line_of_a_slow_pip_is_shown(tmp_path: Path, logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pip, "REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(pip, "REPORT_SECONDS", 1.0)
     (logs / "pip.log").write_text("ERROR: of another day\n")
     slow = tmp_path / "python"
     seen = tmp_path / "seen"
@@ -110,13 +110,14 @@ def test_the_latest_line_of_a_slow_pip_is_shown(tmp_path: Path, logs: Path, monk
     shown: list[str] = []
 
     def show(line: str) -> None:
+        # It ends once it has been seen, and is not asked again before that.
         shown.append(line)
+        monkeypatch.setattr(pip, "REPORT_SECONDS", 60.0)
         seen.touch()
 
     with pytest.raises(UserError, match=r"^Fetching failed; pip says: exit code 2 \("):
         pip.run(slow, [], "Fetching", show)
-    assert shown[0].endswith(" s  Collecting torch")
-    assert all(line.endswith((" s  Collecting torch", " s  No space left")) for line in shown)
+    assert shown and all(line.endswith(" s  Collecting torch") for line in shown)
     assert (logs / "pip.log").read_text().endswith("Collecting torch\n\nNo space left\n")
 
 

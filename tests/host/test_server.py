@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
 
 from devtools.client import Client, GraphFailed, GraphInterrupted, GraphRejected, Progress
+from devtools.pack import ROOT
 from devtools.server import Server
 
 
@@ -48,6 +50,28 @@ def test_pack_is_loaded_from_a_folder_of_any_name(comfyui: Server, server: Clien
         assert node["description"], name
     log = comfyui.log.read_text(encoding="utf-8")
     assert "IMPORT FAILED" not in log and "Cannot import" not in log
+
+
+def test_the_editor_gets_our_texts_in_other_languages(server: Client) -> None:
+    given = server.get_json("/i18n")
+    files = sorted((ROOT / "locales").glob("*/nodeDefs.json"))
+    assert files
+    for file in files:
+        assert json.loads(file.read_text(encoding="utf-8")).items() <= given[file.parent.name]["nodeDefs"].items()
+
+
+def test_the_editor_gets_our_blueprints(comfyui: Server, server: Client) -> None:
+    given = server.get_json("/global_subgraphs")
+    ours = {
+        entry["name"]: key
+        for key, entry in given.items()
+        if entry["info"]["node_pack"] == f"custom_nodes.{comfyui.pack_folder}"
+    }
+    files = sorted((ROOT / "subgraphs").glob("*.json"))
+    assert ours.keys() == {file.stem for file in files} and files
+    for file in files:
+        shipped = file.read_text(encoding="utf-8")
+        assert server.get_json(f"/global_subgraphs/{ours[file.stem]}")["data"] == shipped
 
 
 def test_all_random_checkpoints_are_offered(server: Client) -> None:

@@ -36,7 +36,7 @@ from truefill_testing.raw_prompts import (
     text_tokens,
     with_pooled_of,
 )
-from truefill_testing.scene import FLOAT32, Scene, exact_unet, forget_models, relative_error
+from truefill_testing.scene import Scene, exact_unet, forget_models, relative_error
 
 import nodes as host_nodes  # isort: skip
 
@@ -48,7 +48,7 @@ rasg_module = pack_module("model_patches.hd_painter.rasg")
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
 
 FAMILIES = ("sd15", "sd2", "sdxl")
-TOLERANCE = FLOAT32
+TOLERANCE = 1e-5
 
 families = pytest.mark.parametrize("family", FAMILIES)
 prompts = pytest.mark.parametrize("prompt", list(PROMPTS.values()), ids=list(PROMPTS))

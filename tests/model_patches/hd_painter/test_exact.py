@@ -14,7 +14,7 @@ import torch
 from devtools.pack import pack_module
 from truefill_testing.literal_sampling import PaintaSettings, training_betas
 from truefill_testing.pairwise import all_pairs
-from truefill_testing.scene import FLOAT32, Scene, boxes, forget_models, relative_error
+from truefill_testing.scene import Scene, boxes, forget_models, relative_error
 from truefill_testing.small_models import FAMILIES
 
 import comfy.samplers  # isort: skip
@@ -24,7 +24,7 @@ unet_attention = pack_module("model_patches.core.unet_attention")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 
-TOLERANCE = FLOAT32
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)

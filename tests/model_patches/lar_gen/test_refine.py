@@ -11,7 +11,7 @@ from devtools.pack import load_pack, pack_module
 from truefill_testing import literal_refine
 from truefill_testing.literal_refine import refined_literally
 from truefill_testing.pilot_scene import CALM, pilot
-from truefill_testing.scene import FLOAT32, Scene, boxes, forget_models, randn, relative_error
+from truefill_testing.scene import Scene, boxes, forget_models, randn, relative_error
 from truefill_testing.small_models import small_model
 from truefill_testing.subject_weights import random_assign
 
@@ -63,7 +63,7 @@ def test_it_is_the_formula(family: str, inpainting: bool, subjects: int, is_one:
     plain, ours = scene.host(sigmas), scene.host(sigmas, refined(scene.patcher, z, is_one, **options))
     with refined_literally(scene, z.double() * scene.scale, is_one, **options):
         right = scene.host(sigmas)
-    assert relative_error(ours, right) < FLOAT32 and relative_error(ours, plain) > 1e-2
+    assert relative_error(ours, right) < 1e-5 and relative_error(ours, plain) > 1e-2
     assert torch.equal(scene.host(sigmas), plain)
 
 
@@ -107,7 +107,7 @@ def test_a_trained_reference_network_is_the_formula(
     ours = scene.host(sigmas, refined(scene.patcher, z, is_one, **trained.settings(), **options))
     with refined_literally(scene, z.double() * scene.scale, is_one, branch=trained.literal(), **options):
         right = scene.host(sigmas)
-    assert relative_error(ours, right) < FLOAT32
+    assert relative_error(ours, right) < 1e-5
     assert relative_error(ours, scene.host(sigmas, refined(scene.patcher, z, is_one, **options))) > 1e-2
 
 
@@ -147,7 +147,7 @@ def test_where_a_mask_says() -> None:
     ours = scene.host(sigmas, refined(scene.patcher, mask=mask, strength=0.8))
     with refined_literally(scene, latents().double() * scene.scale, True, strength=0.8, region=region):
         right = scene.host(sigmas)
-    assert relative_error(ours, right) < FLOAT32
+    assert relative_error(ours, right) < 1e-5
     assert relative_error(ours, scene.host(sigmas, refined(scene.patcher, strength=0.8))) > 1e-3
 
 
@@ -174,7 +174,7 @@ def test_twice_is_the_same_and_the_branchs_noise_is_of_the_runs_seed(monkeypatch
     other = scene.host(sigmas, model)
     with refined_literally(scene, latents().double() * scene.scale, True, seed=5):
         right = scene.host(sigmas)
-    assert relative_error(other, right) < FLOAT32 < 1e-3 < relative_error(other, first)
+    assert relative_error(other, right) < 1e-5 < 1e-3 < relative_error(other, first)
 
 
 @pytest.mark.quick

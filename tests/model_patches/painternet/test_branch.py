@@ -12,7 +12,7 @@ from devtools.pack import load_pack, pack_module
 from truefill_testing.branch_files import SMALL, without_attention
 from truefill_testing.branch_scene import HOLE, MeanVae, SmallBranch, branched_literally, picture
 from truefill_testing.pilot_scene import CALM, pilot
-from truefill_testing.scene import FLOAT32, Scene, forget_models, relative_error
+from truefill_testing.scene import Scene, forget_models, relative_error
 from truefill_testing.small_models import small_conditioning
 from truefill_testing.subject_weights import random_assign
 
@@ -57,7 +57,7 @@ def test_it_is_the_formula(family: str, inpainting: bool, attention: bool, scale
     factors = [strength * scales.get(name, 1.0) for name in ("layer_scale", "attention_scale")]
     with branched_literally(scene, small, *factors):
         right = scene.host(sigmas)
-    assert relative_error(ours, right) < FLOAT32 and relative_error(ours, plain) > 1e-2
+    assert relative_error(ours, right) < 1e-5 and relative_error(ours, plain) > 1e-2
     assert torch.equal(scene.host(sigmas), plain)
 
 
@@ -69,7 +69,7 @@ def test_each_scale_0_is_its_points_gone_and_both_are_no_node() -> None:
         ours = scene.host(sigmas, small.on(scene.patcher, layer_scale=layer_scale, attention_scale=attention_scale))
         with branched_literally(scene, small, layer_scale, attention_scale):
             right = scene.host(sigmas)
-        assert relative_error(ours, right) < FLOAT32 and relative_error(ours, plain) > 1e-3
+        assert relative_error(ours, right) < 1e-5 and relative_error(ours, plain) > 1e-3
     no_scale = {"layer_scale": 0.0, "attention_scale": 0.0}
     for options in (no_scale, {"strength": 0.0}, {"mask": torch.zeros(128, 104)}, {"start_percent": 1.0}):
         assert torch.equal(scene.host(sigmas, small.on(scene.patcher, **options)), plain), options
@@ -96,7 +96,7 @@ def test_it_reads_the_prompts_it_is_given_each_for_its_rows() -> None:
     others = [branch.Text.of(small_conditioning("sdxl", seed), "a prompt") for seed in (8, 9)]
     theirs = [branch.Text.of(conditioning, "a prompt") for conditioning in (scene.positive, scene.negative)]
     same = scene.host(sigmas, small.on(scene.patcher, positive=theirs[0], negative=theirs[1]))
-    assert relative_error(same, own) < FLOAT32
+    assert relative_error(same, own) < 1e-5
     for index, name in enumerate(("positive", "negative")):
         assert relative_error(scene.host(sigmas, small.on(scene.patcher, **{name: others[index]})), own) > 1e-3
     # The prompt of one side is the other's where they are swapped: rows are told apart by their role.
@@ -131,11 +131,11 @@ def test_what_it_would_see_twice_it_sees_once() -> None:
 
 
 def test_several_branches_add_up_and_come_off_alone() -> None:
-    scene = Scene("sd15", False, True, torch.float32)
+    scene = Scene("sd15", False, True)
     first, second = SmallBranch("sd15", seed=61), SmallBranch("sd15", without_attention(SMALL["sd15"]), seed=62)
     sigmas = scene.sigmas("simple", 2)
     both = scene.host(sigmas, second.on(first.on(scene.patcher)))
-    assert relative_error(both, scene.host(sigmas, first.on(second.on(scene.patcher)))) < FLOAT32
+    assert relative_error(both, scene.host(sigmas, first.on(second.on(scene.patcher)))) < 1e-5
     assert relative_error(both, scene.host(sigmas, first.on(scene.patcher))) > 1e-3
     assert relative_error(both, scene.host(sigmas, second.on(scene.patcher))) > 1e-3
     halves = scene.host(sigmas, first.on(first.on(scene.patcher, strength=0.5), strength=0.5))
@@ -206,7 +206,7 @@ def test_beside_a_lora_on_the_model_it_is_the_formula() -> None:
     ours = scene.host(sigmas, small.on(model))
     with branched_literally(scene, small):
         right = scene.host(sigmas, model)
-    assert relative_error(ours, right) < FLOAT32
+    assert relative_error(ours, right) < 1e-5
     assert relative_error(ours, scene.host(sigmas, small.on(scene.patcher))) > 1e-3
 
 
@@ -282,7 +282,7 @@ def test_a_cross_attention_that_another_pack_has_replaced_asks_with_the_control_
     ours = scene.host(sigmas, small.on(model))
     with branched_literally(scene, small):
         right = scene.host(sigmas)
-    assert len(asked) == 2 * 4 and relative_error(ours, right) < FLOAT32
+    assert len(asked) == 2 * 4 and relative_error(ours, right) < 1e-5
 
 
 @pytest.mark.quick

@@ -14,7 +14,7 @@ from truefill_testing.oracle import kept
 from truefill_testing.pilot_scene import CALM, HOLE, Spied, sampler, scene_of
 from truefill_testing.pilot_scene import one_thread_and_no_leftovers as one_thread_and_no_leftovers
 from truefill_testing.pilot_scene import spied as spied
-from truefill_testing.scene import FLOAT32, Scene, boxes, exact_unet, relative_error
+from truefill_testing.scene import Scene, boxes, exact_unet, relative_error
 
 import comfy.samplers  # isort: skip
 
@@ -103,7 +103,7 @@ def test_semantic_centralisation_counts(spied: Spied) -> None:
     for number, step in enumerate(expected.iterations[:1]):
         factor = (1.0 + float(sigmas[int(step.step)]) ** 2) ** 0.5
         assert each_error(spied.centralisation[number], step.centralisation) < 1e-5
-        assert relative_error(spied.gradients[number] * factor, step.gradient) < FLOAT32
+        assert relative_error(spied.gradients[number] * factor, step.gradient) < 1e-5
 
 
 def test_the_optimisers_step_in_both_coordinates(spied: Spied) -> None:
@@ -164,7 +164,7 @@ def test_gamma_0_without_the_boundary_is_blended_sampling() -> None:
         return x
 
     expected = scene.host(sigmas, sampler=comfy.samplers.KSAMPLER(blended))
-    assert relative_error(ours, expected) < FLOAT32
+    assert relative_error(ours, expected) < 1e-5
     assert relative_error(ours, scene.host(sigmas, sampler=sampler(gamma=0.0))) > 1e-3
 
 
@@ -175,7 +175,7 @@ def test_a_long_interval_is_plain_sampling_with_the_boundary() -> None:
     for strength in (1.0, 0.0):
         ours = scene.host(sigmas, sampler=sampler(interval=5, boundary=strength, mask=HOLE))
         model = sampling_run.with_method(scene.patcher, SemanticBoundary(strength=strength, mask=HOLE))
-        assert relative_error(ours, scene.host(sigmas, model)) < FLOAT32
+        assert relative_error(ours, scene.host(sigmas, model)) < 1e-5
     assert relative_error(ours, scene.host(sigmas, sampler=sampler(interval=4, mask=HOLE))) > 1e-4
 
 

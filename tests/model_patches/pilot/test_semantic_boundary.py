@@ -10,7 +10,7 @@ import torch
 from devtools.pack import pack_module
 from truefill_testing.literal_boundary import known_pixels
 from truefill_testing.literal_sampling import PaintaSettings
-from truefill_testing.scene import FLOAT32, Scene, boxes, forget_models, relative_error
+from truefill_testing.scene import Scene, boxes, forget_models, relative_error
 
 boundary = pack_module("model_patches.pilot.semantic_boundary")
 sampling_run = pack_module("model_patches.core.sampling_run")
@@ -18,7 +18,7 @@ PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
 SemanticBoundary = boundary.SemanticBoundary
 
-TOLERANCE = FLOAT32
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
