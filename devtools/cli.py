@@ -21,7 +21,7 @@ checkout into its custom_nodes folder, and run dev.py with the Python that it ru
 # Most tests need one core and wait for servers and browsers besides.
 SIDE_BY_SIDE = ("-n", "2", "--dist", "worksteal")
 
-# Loading, help pages, every family on a real server, the graphs of the demo model, the formulas, what stays behind.
+# Loading, every family on a real server, the demo model, the formulas, what stays behind.
 ON_OLDER_HOSTS = (
     "tests/host/test_server.py",
     "tests/host/test_nodes.py",
