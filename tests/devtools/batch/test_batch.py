@@ -1,96 +1,23 @@
-"""Whole batches on servers that misbehave: nothing is lost, nothing is done twice, nothing mixes."""
+"""Whole batches: each row is done once, has its own files, and the same command goes on after whatever happened."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import subprocess
-import sys
-import threading
 import time
-from concurrent.futures import Future
-from contextlib import contextmanager
-from pathlib import Path
 
-import psutil
 import pytest
-from distributed import Client
 from PIL import Image
 
 from devtools import launch
-from devtools.batch import command, schedule
-from devtools.batch.cluster import open_cluster
+from devtools.batch import command
 from devtools.batch.console import Console
 from devtools.batch.record import Record
-from devtools.batch.schedule import Place, Scheduler, Task
 from devtools.batch.table import Row, file_names
-from devtools.batch.work import Job, Limits, Outcome, Picture
+from devtools.batch.work import Picture
 from devtools.paths import UserError
+from truefill_testing.batches import command_line, every, prompts_of, results, run
 from truefill_testing.comfy_stand_in import StandIn, graph
-from truefill_testing.dask_cluster import dask_cluster
-
-
-@pytest.fixture(autouse=True)
-def short_rests(monkeypatch):
-    monkeypatch.setattr(schedule, "_REST", 0.2)
-    monkeypatch.setattr(schedule, "_LOOK", 0.05)
-
-
-@pytest.fixture
-def jobs(tmp_path):
-    """A function that writes a table of so many rows, each with a prompt of its own."""
-    (tmp_path / "graph.json").write_text(json.dumps(graph()))
-
-    def write(count: int, name: str = "jobs.csv", word: str = "row") -> Path:
-        path = tmp_path / name
-        lines = ["name,prompt,seed", *(f"{word} {number},{word} {number},{number}" for number in range(1, count + 1))]
-        path.write_text("\n".join(lines))
-        return path
-
-    return write
-
-
-def command_line(table: Path, *servers: StandIn, out: str = "out", **options) -> list[str]:
-    arguments = [table.parent / "graph.json", table, "--out", table.parent / out, "--answer", 2, "--patience", 3]
-    for name, value in {"metrics": "none", **options}.items():
-        arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    if servers:
-        arguments += ["--servers", *(server.address for server in servers)]
-    return [str(argument) for argument in arguments]
-
-
-def run(*given, **options) -> int:
-    """A batch on servers; returns the exit code."""
-    return command.work_through(command.parse(command_line(*given, **options)))
-
-
-def results(table: Path, out: str = "out") -> list[dict[str, str]]:
-    with (table.parent / out / "results.csv").open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def prompts_of(table: Path, out: str = "out") -> dict[str, str]:
-    """What each picture was made of, by the name of its file."""
-    found = {}
-    for path in (table.parent / out / "pictures").iterdir():
-        with Image.open(path) as picture:
-            found[path.stem] = json.loads(picture.text["prompt"])["2"]["inputs"]["prompt"]
-    return found
-
-
-def every(count: int, word: str = "row") -> dict[str, str]:
-    return {f"{word} {number}": f"{word} {number}" for number in range(1, count + 1)}
-
-
-@contextmanager
-def later(seconds: float, act):
-    timer = threading.Timer(seconds, act)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.join()
 
 
 def test_every_row_is_done_once_and_no_queue_is_long(jobs, capsys):
@@ -112,99 +39,6 @@ def test_every_row_is_done_once_and_no_queue_is_long(jobs, capsys):
     assert {row["server"] for row in found} == {one.address, other.address}
     with Image.open(table.parent / "out" / "results.jpg") as sheet:
         assert sheet.width > sheet.height > 900
-
-
-def test_a_server_that_dies_and_returns_loses_nothing(jobs):
-    table, until_then = jobs(60), []
-
-    def stop():
-        one.stop()
-        until_then.append(one.ran.total())
-
-    with StandIn(0.03) as one, StandIn(0.03) as other:
-        with later(0.4, stop), later(1.0, one.start):
-            assert run(table, one, other) == 0
-        # It was given rows again.
-        assert one.ran.total() > until_then[0]
-    assert prompts_of(table) == every(60)
-    assert len(results(table)) == 60 and len((table.parent / "out" / "results.jsonl").read_text().splitlines()) == 60
-
-
-def test_a_server_that_hangs_is_left_alone(jobs, monkeypatch):
-    table = jobs(30)
-
-    def hang():
-        one.hangs = True
-
-    with StandIn(0.02) as one, StandIn(0.02) as other:
-        with later(0.2, hang):
-            assert run(table, one, other, answer=0.5) == 0
-        assert other.ran.total() > one.ran.total()
-        one.hangs = False
-    assert prompts_of(table) == every(30)
-
-
-def test_a_server_that_forgets_its_queue_is_asked_again(jobs):
-    table = jobs(20)
-
-    def restart():
-        only.stop()
-        only.start()
-
-    with StandIn(0.05) as only, later(0.3, restart):
-        assert run(table, only) == 0
-    assert prompts_of(table) == every(20)
-
-
-def test_no_row_is_blamed_for_a_server_that_is_away_for_long(jobs, monkeypatch):
-    monkeypatch.setattr(schedule, "_REST", 0.05)
-    monkeypatch.setattr(schedule, "_LONGEST_REST", 0.1)
-    table = jobs(20)
-
-    def leave_and_return():
-        while not only.ran:
-            time.sleep(0.01)
-        only.stop()
-        time.sleep(1.5)
-        only.start()
-
-    with StandIn(0.05) as only, later(0.0, leave_and_return):
-        assert run(table, only, patience=30) == 0
-    assert prompts_of(table) == every(20)
-    assert {row["attempts"] for row in results(table)} <= {"1", "2"}
-
-
-def test_servers_of_the_same_address_on_several_machines_are_several():
-    """As workers have them that each name a ComfyUI of their own."""
-
-    class Machines:
-        def submit(self, function, address, job, limits, worker):
-            future = Future()
-            future.set_result(Outcome("failed", 0.0, "no room") if worker == "small" else Outcome("done", 0.0))
-            future.status = "finished"
-            return future
-
-        def wait(self, futures, seconds):
-            pass
-
-        def result(self, future, seconds):
-            return future.result()
-
-    places = [Place("http://127.0.0.1:8188", worker) for worker in ("small", "large")]
-    scheduler = Scheduler(Machines(), places, Limits(), retries=1, patience=1.0)
-    ended = list(scheduler.run(Task(number, lambda: Job({}, [], "", "")) for number in range(6)))
-    assert sorted(done.task.number for done in ended) == list(range(6))
-    assert all(done.outcome.status == "done" and done.server == places[1].name for done in ended)
-
-
-def test_a_row_that_fails_on_one_server_is_done_by_another(jobs):
-    table = jobs(16)
-    errors = dict.fromkeys(every(16), "OutOfMemoryError")
-    with StandIn(fails=errors) as small, StandIn(0.1) as large:
-        assert run(table, small, large) == 0
-        # After three in a row it rests, longer each time, and does not draw all rows to itself because it is the faster.
-        assert small.ran.total() < 10 and large.ran.total() == 16
-    assert all(row["status"] == "done" and row["server"] == large.address for row in results(table))
 
 
 def test_a_row_that_fails_everywhere_says_why_and_is_tried_again_by_the_next_call(jobs, capsys):
@@ -278,20 +112,6 @@ def test_what_has_changed_is_done_again(jobs):
         assert run(table, server) == 0
         assert server.ran == {"row 1": 1, "row 2": 1, "row 3": 2, "row 4": 1, "a star": 1}
     assert prompts_of(table) == {**every(4), "row 2": "a star"}
-
-
-def test_other_peoples_graphs_come_first(jobs):
-    table = jobs(6)
-    with StandIn(0.15) as server:
-        for number in range(5):
-            server.put(
-                f"theirs {number}", {**graph(), "2": {"class_type": "x", "inputs": {"prompt": f"theirs {number}"}}}
-            )
-        assert run(table, server) == 0
-        assert server.ran == {**{f"theirs {number}": 1 for number in range(5)}, **dict.fromkeys(every(6), 1)}
-        # With each of ours that was put in there were two at most.
-        assert max(server.depths) == 2 and len(server.depths) == 6
-        assert not any(name.startswith("theirs") for name in server.canceled)
 
 
 def test_a_picture_that_was_painted_over_is_done_again(tmp_path):
@@ -373,32 +193,6 @@ def test_a_row_without_its_picture_fails_alone(tmp_path):
     assert "gone.png can't be read" in results(tmp_path / "jobs.csv")[1]["error"]
 
 
-def test_a_row_that_takes_too_long_is_stopped(jobs):
-    table = jobs(2)
-    with StandIn(5.0) as server:
-        assert run(table, server, timeout=0.5) == 1
-        assert not server._queue
-    assert all(
-        row["error"] == "The graph did not finish within 0 seconds." or "0.5" in row["error"] for row in results(table)
-    )
-
-
-def test_redirects_are_not_followed_and_silence_ends_the_batch(jobs):
-    table = jobs(3)
-    with StandIn() as server:
-        server.redirects = True
-        with pytest.raises(
-            UserError, match=r"No server answers: .* redirect to http://127.0.0.1:9/, which is not followed"
-        ):
-            run(table, server)
-    with (
-        StandIn(0.3) as server,
-        later(0.4, server.stop),
-        pytest.raises(UserError, match="No server has answered for 1 seconds"),
-    ):
-        run(jobs(50), server, patience=1)
-
-
 def test_a_folder_with_strange_results_is_not_written_over(jobs):
     table = jobs(2)
     (table.parent / "out").mkdir()
@@ -408,18 +202,6 @@ def test_a_folder_with_strange_results_is_not_written_over(jobs):
         pytest.raises(UserError, match=r"results.jsonl, line 1 is no result: remove it"),
     ):
         run(table, server)
-
-
-def test_nothing_listens_to_the_network():
-    with open_cluster(None, 2, 1.0):
-        listening = [entry.laddr for entry in psutil.Process().net_connections() if entry.status == psutil.CONN_LISTEN]
-    assert listening and {address.ip for address in listening} == {"127.0.0.1"}
-
-
-def test_without_dask_a_sentence_says_what_to_install(jobs, monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with StandIn() as server, pytest.raises(UserError, match='pip install "distributed"'):
-        run(jobs(1), server)
 
 
 @pytest.mark.parametrize(
@@ -437,67 +219,6 @@ def test_options_that_make_no_sense_are_a_sentence(arguments, said, capsys):
     with pytest.raises(SystemExit):
         command.parse(["graph.json", "jobs.csv", *arguments])
     assert said in capsys.readouterr().err
-
-
-def test_a_cluster_that_knows_nothing_of_the_pack_does_the_work(jobs, tmp_path):
-    """Its workers run elsewhere: a process without this checkout on its path, whose own ComfyUI a variable names."""
-    table = jobs(6)
-    with (
-        StandIn() as server,
-        dask_cluster(tmp_path, threads=2, variables={"TRUEFILL_SERVER": server.address}) as address,
-    ):
-        assert run(table, scheduler=address) == 0
-        assert server.ran.total() == 6
-    assert prompts_of(table) == every(6)
-
-
-def test_a_worker_that_dies_loses_nothing(jobs, tmp_path):
-    table = jobs(16)
-    with (
-        StandIn(0.1) as server,
-        dask_cluster(tmp_path, 2, variables={"TRUEFILL_SERVER": server.address}) as address,
-        Client(address) as client,
-    ):
-        victim = next(iter(client.run(os.getpid).values()))
-
-        def kill():
-            while server.ran.total() < 4:
-                time.sleep(0.01)
-            psutil.Process(victim).kill()
-
-        with later(0.0, kill):
-            assert run(table, scheduler=address) == 0
-    assert prompts_of(table) == every(16)
-    assert sum(row["status"] == "done" for row in results(table)) == 16
-
-
-def test_a_worker_that_dies_with_what_its_row_gave_loses_nothing(jobs, tmp_path, monkeypatch):
-    """The row has ended, and its worker goes before anybody asks what came of it."""
-    table = jobs(6)
-    take, killed = schedule.Scheduler._take, []
-
-    def kill_first(self, future):
-        if not killed:
-            killed.append(pids[self._running[future].place.worker])
-            psutil.Process(killed[0]).kill()
-        yield from take(self, future)
-
-    monkeypatch.setattr(schedule, "_FETCH", 2.0)
-    with (
-        StandIn() as server,
-        dask_cluster(tmp_path, 2, variables={"TRUEFILL_SERVER": server.address}) as address,
-        Client(address) as client,
-    ):
-        pids = client.run(os.getpid)
-        monkeypatch.setattr(schedule.Scheduler, "_take", kill_first)
-        assert run(table, scheduler=address) == 0
-    assert killed and prompts_of(table) == every(6)
-    assert [row["status"] for row in results(table)] == ["done"] * 6
-
-
-def test_a_scheduler_that_is_not_there_is_a_sentence(jobs):
-    with pytest.raises(UserError, match=r"no Dask scheduler at tcp://127.0.0.1:9"):
-        run(jobs(1), scheduler="tcp://127.0.0.1:9", answer=1)
 
 
 def test_figures_are_taken_of_what_is_done_and_kept(tmp_path, capsys):
