@@ -205,7 +205,9 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
     for sampler in samplers:
         sampler["steps"] = 2 // len(samplers)
     for scale in every(graph, "ImageScaleToTotalPixels"):
-        scale["megapixels"] = 0.12
+        scale["megapixels"] = 0.06
+    for pad in every(graph, "ImagePadForOutpaint"):
+        pad |= {side: pad[side] // 2 for side in ("left", "top", "right", "bottom")}
     for subject in every(graph, "TrueFillEncodeSubject"):
         subject["size"] = 128
     if every(graph, "TrueFillSegment"):
@@ -229,9 +231,11 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
         mix |= SHORT_DREAMMIX
     for training in every(graph, "TrueFillTrainSubject"):
         training |= SHORT_TRAINING
+    for dictionary in every(graph, "TrueFillAttributeDictionary"):
+        dictionary["regular"] = 1
     crops, upscalers = every(graph, "TrueFillCropRegion"), every(graph, "TrueFillUpscale")
     for crop in crops:
-        crop["native_size"] = 256
+        crop["native_size"] = 128
     for upscaler in upscalers:
         upscaler |= {"steps": 1, "tile": 0}
     # What each edit may change: its hole and so many pixels around it.
