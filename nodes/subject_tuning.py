@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -289,11 +290,19 @@ class TrueFillTrainSubject(io.ComfyNode):
         if len(pictures) == 1:
             announce("Train Subject: there is one picture of the subject; DreamMix takes several.")
         size = training_size(pictures[0].shape[0], pictures[0].shape[1], one["native_size"])
-        weights, needed = tuner.count, model.model_size() + model.memory_required([1, 4, size[0] // 8, size[1] // 8])
+        needed = (model.model_size() + tuner.memory([*subject, *regular])) / _GIGABYTE
+        there: Any = comfy.model_management.get_total_memory(model.load_device)
+        there /= _GIGABYTE
         announce(
-            f"Train Subject: {weights} weights learn from {len(subject)} pictures and {len(regular)} regular ones of {size[1]}x"
-            f"{size[0]}. To sample one the host takes {needed / _GIGABYTE:.1f} GB, the model included; training takes more."
+            f"Train Subject: {tuner.count} weights learn from {len(subject)} pictures and {len(regular)} regular ones of "
+            f"{size[1]}x{size[0]}. With the model that holds about {needed:.1f} of {there:.1f} GB, and workspaces of "
+            "the kernels on top."
         )
+        if needed > there:
+            announce(
+                "Train Subject: that is more than there is, and will be slow or fail: turn 'save_memory' on, or take a smaller "
+                "'native_size'."
+            )
         prompt = encode_prompt(one["clip"], one.get("sample_prompt", "").strip() or called[0])
         negative = encode_prompt(one["clip"], "")
 

@@ -7,6 +7,7 @@ rest of the model where it was, with a smaller weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from comfy.samplers import encode_model_conds
 
 from ...model_patches.core.autograd import as_ordinary, gradients_enabled, make_weights_ordinary, recomputed
 from .adapters import LowRank, attached, fresh_adapters
+from .memory import step_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,7 @@ class Tuner:
         # Small gradients are 0 in float16.
         is_half = self._patcher.model.get_dtype_inference() == torch.float16
         self._scaler = torch.amp.GradScaler(self._patcher.load_device.type, enabled=is_half)
+        self._memory: dict[tuple[int, int, tuple[int, int]], int] = {}
         self.step = 0
 
     @property
@@ -122,6 +125,20 @@ class Tuner:
     def unet_config(self) -> dict[str, Any]:
         """Of the model, for `adapters.as_file`."""
         return self._patcher.model.model_config.unet_config
+
+    def memory(self, examples: Sequence[Example]) -> int:
+        """Bytes that a step holds at its peak beside the model's weights, by its largest picture: see `step_memory`."""
+        latents = [example.latent for example in examples]
+        texts = [prompt[0][0] for example in examples for prompt in example.prompts]
+        height, width = max((latent.shape[-2:] for latent in latents), key=math.prod)
+        context = max((text.shape[-2:] for text in texts), key=math.prod)
+        shape = (height, width, (context[0], context[1]))
+        if shape not in self._memory:
+            of, trained = self._tuning, sum(weight.numel() * weight.element_size() for weight in self._weights)
+            held = step_memory(self._patcher.model, *shape, of.rank, of.outputs, of.recompute)
+            # The optimizer's two averages.
+            self._memory[shape] = 2 * trained + held
+        return self._memory[shape]
 
     def run(
         self,
@@ -135,9 +152,7 @@ class Tuner:
         The MODEL is as it was afterwards, also after an error or an interrupt.
         """
         patcher, tuning = self._patcher, self._tuning
-        # A pass with a gradient keeps about as much again as one without needs.
-        needed = 2 * patcher.memory_required(list(subject[0].latent.shape))
-        comfy.model_management.load_models_gpu([patcher], memory_required=needed)
+        comfy.model_management.load_models_gpu([patcher], memory_required=self.memory([*subject, *regular]))
         unet, device = patcher.model.diffusion_model, patcher.load_device
         patcher.pre_run()
         try:

@@ -1,0 +1,94 @@
+"""What *Train Subject* says that it takes, on full-depth UNets of SD1.5 and SDXL, and what a step of it takes here.
+
+The first table is `step_memory`'s alone, in half precision: nothing is computed. The second trains SD1.5 on this machine, with
+random weights, two steps each, with PyTorch's own attention as on a GPU: growth of memory without the weights.
+
+    python dev.py bench tuning_memory [--sizes 512 768 1024] [--measure 256 512] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.ldm.modules.attention
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ..training.subject_lora.memory import step_memory
+from ..training.subject_lora.tuning import Example, Tuner, Tuning
+from . import full_size
+from .memory import PeakMemory
+from .tables import show_table
+
+GIB = 2**30
+FAMILIES = {"SD1.5": full_size.SD15, "SDXL": full_size.SDXL}
+TOKENS = 77
+SAVED = {"on": True, "off": False}
+
+
+def said(config: dict[str, Any], size: int, recompute: bool) -> dict[str, float]:
+    """GiB of a step at `size` pixels, in half precision, and of all with the weights."""
+    half = {**config, "in_channels": 4, "dtype": torch.float16}
+    unet = UNetModel(**half, device="meta", operations=comfy.ops.disable_weight_init)
+    model: Any = SimpleNamespace(
+        diffusion_model=unet,
+        model_config=SimpleNamespace(unet_config=half),
+        manual_cast_dtype=None,
+        get_dtype_inference=lambda: torch.float16,
+    )
+    weights = sum(weight.numel() * weight.element_size() for weight in unet.parameters())
+    step = step_memory(model, size // 8, size // 8, (TOKENS, config["context_dim"]), Tuning.rank, False, recompute)
+    return {"step": step / GIB, "with the weights": (step + weights) / GIB}
+
+
+def measured(model: Any, size: int, recompute: bool, device: torch.device) -> dict[str, float]:
+    """GiB that two steps take here beside the weights, and what is said of them."""
+    scene = full_size.Scene(size, device)
+    masks = torch.ones(1, 1, size // 8, size // 8)
+    example = Example(latent=scene.latent, masks=masks, concat=[], prompts=[scene.sides[0]])
+    tuner = Tuner(model, Tuning(steps=2, accumulate=1, recompute=recompute))
+    comfy.model_management.load_models_gpu([model])
+    with torch.inference_mode(), PeakMemory(device) as memory:
+        tuner.run([example], [], lambda step, loss: None)
+    return {"said": tuner.memory([example]) / GIB, "here": memory.bytes / GIB}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        prog="python dev.py bench tuning_memory", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[512, 768, 1024], help="pixels of the side, for the first table"
+    )
+    parser.add_argument("--measure", type=int, nargs="*", default=[256, 512], help="likewise, for the second")
+    parser.add_argument("--json", type=Path, help="write the rows here as well")
+    options = parser.parse_args()
+    device = comfy.model_management.get_torch_device()
+    rows: list[dict[str, Any]] = [
+        {"model": name, "pixels": size, "save_memory": saved, **said(config, size, recompute)}
+        for name, config in FAMILIES.items()
+        for size in options.sizes
+        for saved, recompute in SAVED.items()
+    ]
+    show_table("GiB in half precision, as said before a training", rows)
+    attention: Any = comfy.ldm.modules.attention
+    attention.optimized_attention = attention.attention_pytorch
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    model = full_size.full_size_model(device, dtype, inpainting=False) if options.measure else None
+    here = [
+        {"pixels": size, "save_memory": saved, **measured(model, size, recompute, device)}
+        for size in options.measure
+        for saved, recompute in SAVED.items()
+    ]
+    show_table(f"{full_size.machine(device)}; GiB of a step of SD1.5, {str(dtype).removeprefix('torch.')}", here)
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": full_size.machine(device), "said": rows, "here": here}, indent=1)
+        )
