@@ -1,0 +1,146 @@
+"""Every method on a model that does not fit: the host leaves weights where they are and casts and patches them at each use.
+
+So it loads one with --novram, or where less memory is free than the model takes; on a CPU it never does, unless it is told that
+this one is no CPU. What comes out has to be what comes out of the same model, loaded as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from devtools.pack import load_pack, pack_module
+from truefill_testing.branch_scene import SmallBranch
+from truefill_testing.pilot_scene import sampler
+from truefill_testing.scene import Scene, forget_models, patcher_of, randn, relative_error
+from truefill_testing.small_models import small_conditioning, small_model
+from truefill_testing.subject_weights import random_assign
+
+import comfy.model_management as host_memory  # isort: skip
+
+load_pack()
+with_method = pack_module("model_patches.core.sampling_run").with_method
+tuning = pack_module("training.subject_lora.tuning")
+PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
+RASG = pack_module("model_patches.hd_painter.rasg").RASG
+SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
+BestStart = pack_module("model_patches.starts.best_start").BestStart
+NoiseSearch = pack_module("model_patches.starts.noise_search").NoiseSearch
+Refine = pack_module("model_patches.lar_gen.reference").Refine
+
+STEPS = 2
+shares = pytest.mark.parametrize("share", [0.0, 0.5], ids=["no memory", "half of it"])
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda model: model,
+    "PAIntA": lambda model: with_method(model, PAIntA(end_percent=1.0)),
+    "RASG": lambda model: with_method(model, RASG(eta=0.1)),
+    "SBC": lambda model: with_method(model, SemanticBoundary()),
+    "PAIntA, RASG": lambda model: with_method(with_method(model, PAIntA(end_percent=1.0)), RASG(eta=0.1)),
+    "Best Start": lambda model: with_method(model, BestStart(candidates=2, announce=lambda text: None)),
+    "Noise Search": lambda model: with_method(model, NoiseSearch(rate=0.2, announce=lambda text: None)),
+    "Assign": lambda model: with_method(model, random_assign(model.model.diffusion_model)),
+    "Refine": lambda model: with_method(model, Refine(latents=randn(1, 4, 8, 8, seed=9).float(), is_one=True)),
+    "Branch": lambda model: SmallBranch("sd15").on(model),
+    "PILOT": lambda model: model,
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded() -> Iterator[None]:
+    host_memory.unload_all_models()
+    forget_models()
+    yield
+    host_memory.unload_all_models()
+    forget_models()
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """From now on there is room for such a share of any model."""
+
+    def begin(share: float) -> None:
+        monkeypatch.setattr(host_memory, "is_device_cpu", lambda device: False)
+        if not share:
+            monkeypatch.setattr(host_memory, "vram_state", host_memory.VRAMState.NO_VRAM)
+            return
+        size = small_model("sd15", inpainting=False, dtype=torch.float32).model_size()
+        monkeypatch.setattr(host_memory, "vram_state", host_memory.VRAMState.NORMAL_VRAM)
+        monkeypatch.setattr(host_memory, "minimum_inference_memory", lambda: 0)
+        free = share * size
+
+        def get_free_memory(device: Any = None, torch_free_too: bool = False) -> Any:
+            return (free, free) if torch_free_too else free
+
+        monkeypatch.setattr(host_memory, "get_free_memory", get_free_memory)
+
+    return begin
+
+
+def patched(patcher: Any) -> Any:
+    """The model with a LoRA's like: it changes weights of attentions and of a convolution."""
+    own = patcher.clone()
+    weights = own.model.state_dict()
+    names = [name for name in weights if name.endswith((".to_k.weight", ".to_v.weight", "in_layers.2.weight"))]
+    own.add_patches({name: ("diff", (0.1 * weights[name].flip(0),)) for name in names}, 1.0)
+    return own
+
+
+def is_partly_loaded(model: Any) -> bool:
+    return any(getattr(module, "weight_function", []) for module in model.model.modules())
+
+
+@shares
+@pytest.mark.parametrize("name", METHODS)
+def test_it_does_what_it_does_where_there_is_enough(name: str, share: float, short: Callable[[float], None]) -> None:
+    def run() -> tuple[torch.Tensor, bool]:
+        of_its_own = name in ("Branch", "PILOT")
+        scene = Scene("sd15", not of_its_own, True, torch.float32)
+        scene.CFG = 2.0
+        where: list[bool] = []
+        model = METHODS[name](patched(scene.patcher))
+        made = scene.host(
+            scene.sigmas("simple", STEPS),
+            model,
+            sampler=sampler(interval=1, iterations=1) if name == "PILOT" else "euler",
+            callback=lambda *_: where.append(is_partly_loaded(scene.patcher)),
+        )
+        return made, all(where)
+
+    expected, partly = run()
+    assert not partly
+    host_memory.unload_all_models()
+    forget_models()
+    short(share)
+    made, partly = run()
+    assert partly
+    assert relative_error(made, expected) < 1e-4
+
+
+@shares
+def test_a_subject_is_learned_as_where_there_is_enough(share: float, short: Callable[[float], None]) -> None:
+    def learned() -> tuple[torch.Tensor, bool]:
+        patcher = patched(patcher_of("sd15", False, torch.float32))
+        latent, masks = 5.0 * randn(1, 4, 16, 13, seed=30).float(), torch.ones(1, 1, 16, 13)
+        prompts = [small_conditioning("sd15", seed=3)]
+        example = tuning.Example(latent=latent, masks=masks, concat=[], prompts=prompts)
+        tuner = tuning.Tuner(patcher, tuning.Tuning(steps=1, accumulate=2, rank=3, seed=5))
+        # What Adam would divide away.
+        tuner.optimizer = torch.optim.SGD(
+            [weight for of in tuner.adapters.values() for weight in of.parameters()], lr=1.0
+        )
+        where: list[bool] = []
+        with torch.inference_mode():
+            tuner.run([example], [], lambda step, loss: where.append(is_partly_loaded(patcher)))
+        return torch.cat([of.up.detach().flatten() for of in tuner.adapters.values()]), all(where)
+
+    expected, partly = learned()
+    assert not partly and expected.any()
+    host_memory.unload_all_models()
+    forget_models()
+    short(share)
+    made, partly = learned()
+    assert partly
+    assert float((made - expected).norm() / expected.norm()) < 1e-4
