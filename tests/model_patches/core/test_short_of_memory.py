@@ -13,39 +13,16 @@ import pytest
 import torch
 
 from devtools.pack import load_pack, pack_module
-from truefill_testing.branch_scene import SmallBranch
-from truefill_testing.pilot_scene import sampler
-from truefill_testing.scene import Scene, forget_models, patcher_of, randn, relative_error
+from truefill_testing.methods import METHODS, sampled
+from truefill_testing.scene import forget_models, patcher_of, randn, relative_error
 from truefill_testing.small_models import small_conditioning, small_model
-from truefill_testing.subject_weights import random_assign
 
 import comfy.model_management as host_memory  # isort: skip
 
 load_pack()
-with_method = pack_module("model_patches.core.sampling_run").with_method
 tuning = pack_module("training.subject_lora.tuning")
-PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
-RASG = pack_module("model_patches.hd_painter.rasg").RASG
-SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
-BestStart = pack_module("model_patches.starts.best_start").BestStart
-NoiseSearch = pack_module("model_patches.starts.noise_search").NoiseSearch
-Refine = pack_module("model_patches.lar_gen.reference").Refine
 
-STEPS = 2
 shares = pytest.mark.parametrize("share", [0.0, 0.5], ids=["no memory", "half of it"])
-METHODS: dict[str, Callable[[Any], Any]] = {
-    "none": lambda model: model,
-    "PAIntA": lambda model: with_method(model, PAIntA(end_percent=1.0)),
-    "RASG": lambda model: with_method(model, RASG(eta=0.1)),
-    "SBC": lambda model: with_method(model, SemanticBoundary()),
-    "PAIntA, RASG": lambda model: with_method(with_method(model, PAIntA(end_percent=1.0)), RASG(eta=0.1)),
-    "Best Start": lambda model: with_method(model, BestStart(candidates=2, announce=lambda text: None)),
-    "Noise Search": lambda model: with_method(model, NoiseSearch(rate=0.2, announce=lambda text: None)),
-    "Assign": lambda model: with_method(model, random_assign(model.model.diffusion_model)),
-    "Refine": lambda model: with_method(model, Refine(latents=randn(1, 4, 8, 8, seed=9).float(), is_one=True)),
-    "Branch": lambda model: SmallBranch("sd15").on(model),
-    "PILOT": lambda model: model,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -96,17 +73,8 @@ def is_partly_loaded(model: Any) -> bool:
 @pytest.mark.parametrize("name", METHODS)
 def test_it_does_what_it_does_where_there_is_enough(name: str, share: float, short: Callable[[float], None]) -> None:
     def run() -> tuple[torch.Tensor, bool]:
-        of_its_own = name in ("Branch", "PILOT")
-        scene = Scene("sd15", not of_its_own, True, torch.float32)
-        scene.CFG = 2.0
-        where: list[bool] = []
-        model = METHODS[name](patched(scene.patcher))
-        made = scene.host(
-            scene.sigmas("simple", STEPS),
-            model,
-            sampler=sampler(interval=1, iterations=1) if name == "PILOT" else "euler",
-            callback=lambda *_: where.append(is_partly_loaded(scene.patcher)),
-        )
+        patcher, where = patcher_of("sd15", METHODS[name].inpainting, torch.float32), []
+        made = sampled(name, patched(patcher), callback=lambda *_: where.append(is_partly_loaded(patcher)))
         return made, all(where)
 
     expected, partly = run()

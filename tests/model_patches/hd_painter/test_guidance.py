@@ -10,7 +10,7 @@ import torch
 
 from devtools.pack import load_pack, pack_module
 from truefill_testing.scene import TOKENS_KEY, Scene, boxes, forget_models, relative_error, token_set
-from truefill_testing.small_models import small_conditioning, small_model
+from truefill_testing.small_models import small_conditioning
 
 import comfy.model_management  # isort: skip
 import comfy.samplers  # isort: skip
@@ -496,24 +496,3 @@ class TestPrecision:
         # As close to float32 as the plain model is in the same type.
         plain = relative_error(half.host(sigmas), full.host(sigmas))
         assert relative_error(guided, expected) < 4 * plain
-
-    def test_fp8_weights(self) -> None:
-        """As the host loads them with weight_dtype fp8_e4m3fn: stored in 8 bits, cast at each use."""
-        import comfy.ops
-
-        model = small_model("sd15", True)
-        unet = model.model.diffusion_model
-        config = model.model.model_config
-        cast = type(unet)(
-            **{**config.unet_config, "dtype": torch.float8_e4m3fn},
-            operations=comfy.ops.manual_cast,
-        )
-        cast.load_state_dict({k: v.to(torch.float8_e4m3fn) for k, v in unet.state_dict().items()})
-        cast.dtype = torch.float8_e4m3fn
-        model.model.diffusion_model = cast.requires_grad_(False)
-        model.model.manual_cast_dtype = torch.float32
-        scene = Scene("sd15", True, True, torch.float32)
-        sigmas = scene.sigmas("simple", 3)
-        plain, guided = scene.host(sigmas, model), scene.host(sigmas, both(model))
-        assert guided.isfinite().all()
-        assert relative_error(guided, plain) > 1e-3

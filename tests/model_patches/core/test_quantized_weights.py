@@ -1,0 +1,115 @@
+"""Every method on weights that the host keeps in 8 bits: cast at each use, or in its own quantized tensors.
+
+Stored in 8 bits they are other weights: what is right is what comes of the same numbers in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from devtools.pack import load_pack
+from truefill_testing.methods import METHODS, sampled
+from truefill_testing.scene import forget_models, relative_error
+from truefill_testing.small_models import small_model
+
+import comfy.model_management  # isort: skip
+import comfy.ops  # isort: skip
+from comfy.quant_ops import QuantizedTensor  # isort: skip
+
+load_pack()
+
+LARGEST = {"float8_e4m3fn": 448.0, "int8_tensorwise": 127.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    yield
+    pair.cache_clear()
+    comfy.model_management.unload_all_models()
+    forget_models()
+
+
+def cast_at_each_use(patcher: Any) -> None:
+    """As the host loads it with weight_dtype fp8_e4m3fn."""
+    model = patcher.model
+    unet = model.diffusion_model
+    config = {**model.model_config.unet_config, "dtype": torch.float8_e4m3fn}
+    cast = type(unet)(**config, operations=comfy.ops.manual_cast)
+    cast.load_state_dict({name: weight.to(torch.float8_e4m3fn) for name, weight in unet.state_dict().items()})
+    model.diffusion_model, model.manual_cast_dtype = cast.requires_grad_(False), torch.float32
+
+
+def quantized(patcher: Any, form: str) -> None:
+    """As the host loads a file whose linear layers are quantized, each with its scale."""
+    model = patcher.model
+    unet, config = model.diffusion_model, model.model_config
+    said = torch.tensor(list(json.dumps({"format": form}).encode()), dtype=torch.uint8)
+    state = dict(unet.state_dict())
+    for name, layer in unet.named_modules():
+        # The host has it in full precision in its files, too.
+        if isinstance(layer, torch.nn.Linear) and "attn" in name:
+            weight = state[f"{name}.weight"]
+            scale = weight.abs().max() / LARGEST[form]
+            stored = weight / scale
+            state[f"{name}.weight"] = (
+                stored.round().to(torch.int8) if form == "int8_tensorwise" else stored.to(torch.float8_e4m3fn)
+            )
+            state[f"{name}.weight_scale"], state[f"{name}.comfy_quant"] = scale, said
+    config.quant_config = {"mixed_ops": True}
+    operations = comfy.ops.pick_operations(torch.float32, torch.float32, torch.device("cpu"), model_config=config)
+    # The host loads everything there.
+    with torch.inference_mode():
+        made = type(unet)(**config.unet_config, operations=operations)
+        made.load_state_dict(state)
+    model.diffusion_model = made.requires_grad_(False)
+
+
+FORMS: dict[str, Callable[[Any], None]] = {
+    "cast": cast_at_each_use,
+    "fp8": lambda patcher: quantized(patcher, "float8_e4m3fn"),
+    "int8": lambda patcher: quantized(patcher, "int8_tensorwise"),
+}
+
+
+@cache
+def pair(form: str, inpainting: bool) -> tuple[Any, Any]:
+    """A model of such weights, and one of the same numbers in float32."""
+    stored = small_model("sd15", inpainting)
+    FORMS[form](stored)
+    numbers = {}
+    for name, layer in stored.model.diffusion_model.named_modules():
+        for kind, value in (("weight", getattr(layer, "weight", None)), ("bias", getattr(layer, "bias", None))):
+            if value is not None:
+                is_quantized = isinstance(value.data, QuantizedTensor)
+                numbers[f"{name}.{kind}"] = value.dequantize() if is_quantized else value.float()
+    full = small_model("sd15", inpainting)
+    full.model.diffusion_model.load_state_dict(numbers)
+    return stored, full
+
+
+@cache
+def apart(form: str) -> float:
+    """How far the plain model's picture is from what the same numbers make in float32."""
+    stored, full = pair(form, METHODS["none"].inpainting)
+    return relative_error(sampled("none", stored), sampled("none", full))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "none"])
+def test_it_does_what_it_does_with_the_same_numbers_in_full(name: str, form: str) -> None:
+    stored, full = pair(form, METHODS[name].inpainting)
+    # In the int8 format the host rounds what goes into a layer, too.
+    limit = 3.0 * apart(form) if form == "int8" else 1e-4
+    assert relative_error(sampled(name, stored), sampled(name, full)) < limit
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_they_are_other_weights(form: str) -> None:
+    stored, _ = pair(form, True)
+    assert relative_error(sampled("none", stored), sampled("none", small_model("sd15", True))) > 1e-2
