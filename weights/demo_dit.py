@@ -53,9 +53,14 @@ class _DemoDit(comfy.supported_models.Flux):
     sampling_settings: ClassVar = {"shift": SHIFT}
 
 
-def host_dit(state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """The host's MODEL from the file's state dict. Raises RuntimeError where a key is missing or of another shape."""
-    return host_model(_DemoDit({"image_model": "flux", **network_config()}), state)
+def host_dit(state: Mapping[str, torch.Tensor], disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The host's MODEL from the file's state dict. Raises RuntimeError where a key is missing or of another shape.
+
+    disable_dynamic: as in the host's loaders, without its dynamic VRAM.
+    """
+    patcher = host_model(_DemoDit({"image_model": "flux", **network_config()}), state, disable_dynamic)
+    patcher.cached_patcher_init = (host_dit, (state,))
+    return patcher
 
 
 def load_kind(kind: str, folder: Path = FOLDER) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:

@@ -96,13 +96,24 @@ def read_file(name: str, folder: Path = FOLDER) -> dict[str, torch.Tensor]:
     return state
 
 
-def host_unet(state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """The host's MODEL from a UNet file's state dict. Raises RuntimeError where a key is missing or of another shape."""
-    return host_model(_model_config(state[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[1]), state)
+def host_unet(state: Mapping[str, torch.Tensor], disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """The host's MODEL from a UNet file's state dict. Raises RuntimeError where a key is missing or of another shape.
+
+    disable_dynamic: as in the host's loaders, without its dynamic VRAM.
+    """
+    config = _model_config(state[f"{UNET_PREFIX}input_blocks.0.0.weight"].shape[1])
+    patcher = host_model(config, state, disable_dynamic)
+    patcher.cached_patcher_init = (host_unet, (state,))
+    return patcher
 
 
-def host_model(config: Any, state: Mapping[str, torch.Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """The host's MODEL of one of its configurations with the weights of a state dict."""
+def host_model(
+    config: Any, state: Mapping[str, torch.Tensor], disable_dynamic: bool
+) -> comfy.model_patcher.ModelPatcher:
+    """The host's MODEL of one of its configurations with the weights of a state dict.
+
+    The caller sets `cached_patcher_init`, by which the host loads it again, where it needs a copy of its own.
+    """
     device = comfy.model_management.get_torch_device()
     parameters = comfy.utils.calculate_parameters(state, UNET_PREFIX)
     supported = list(config.supported_inference_dtypes)
@@ -117,9 +128,8 @@ def host_model(config: Any, state: Mapping[str, torch.Tensor]) -> comfy.model_pa
     config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, supported), **along)
     first_device = comfy.model_management.unet_inital_load_device(parameters, dtype)
     model = config.get_model(state, UNET_PREFIX, device=first_device)
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        model, load_device=device, offload_device=comfy.model_management.unet_offload_device()
-    )
+    kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = kind(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     weights = {name.removeprefix(UNET_PREFIX): tensor for name, tensor in state.items()}
     model.diffusion_model.load_state_dict(weights, assign=patcher.is_dynamic())
     return patcher

@@ -10,8 +10,22 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.model_patcher import ModelPatcher
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+
+def staying(model: ModelPatcher) -> ModelPatcher:
+    """A clone whose weights the host doesn't evict between a forward and its backward pass.
+
+    Raises ValueError where the host evicts weights by itself (its dynamic VRAM) and can't load this model in another way.
+    """
+    if model.is_dynamic() and model.cached_patcher_init is None:
+        raise ValueError(
+            "The MODEL's loader does not say how to load it again, which a gradient needs where ComfyUI moves weights by itself: "
+            "take one of ComfyUI's own loaders, or start ComfyUI with --disable-dynamic-vram."
+        )
+    return model.clone(disable_dynamic=True)
 
 
 @contextmanager

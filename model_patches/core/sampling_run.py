@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -21,7 +21,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy.samplers import KSAMPLER
 
 from ...imaging.masks import as_mask_batch
-from .autograd import make_weights_ordinary
+from .autograd import make_weights_ordinary, staying
 from .call_rows import ROWS_KEY, Conds, PromptRows, has_weight, with_rows
 from .holes import hole_on_latent
 from .joint_attention import JointCall, install
@@ -45,8 +45,7 @@ def with_method(model: ModelPatcher, settings: Method) -> ModelPatcher:
     if settings.mask is not None:
         settings = replace(settings, mask=as_mask_batch(settings.mask))
     acts = settings.strength != 0
-    # Weights that the host may evict between the forward and the backward pass cannot be differentiated through.
-    model = model.clone(disable_dynamic=True) if acts and settings.records_graph else model.clone()
+    model = staying(model) if acts and settings.records_graph else model.clone()
     options: dict[str, Any] = model.model_options
     others = {key: other for key, other in _methods(options).items() if key != settings.key}
     options[KEY] = {**others, settings.key: settings} if acts else others
@@ -80,6 +79,13 @@ def _methods(model_options: Mapping[str, Any]) -> dict[str, Method]:
     return model_options.get(KEY, {})
 
 
+def refuse_copy(who: str) -> NoReturn:
+    """Raises ValueError: the host would have a network of `who` on a second GPU, too."""
+    raise ValueError(
+        f"{who} has a network of its own and works on one GPU: take ComfyUI's 'MultiGPU CFG Split' out of the graph."
+    )
+
+
 def _models_key(settings: Method) -> str:
     return f"{KEY} {settings.key}"
 
@@ -88,6 +94,10 @@ def _prepare(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> t
     """Wrapper around the host's `CFGGuider.outer_sample`, whose `model_options` are the run's own."""
     guider, size = executor.class_obj, (noise.shape[-2], noise.shape[-1])
     methods = {key: method.prepared(size) for key, method in _methods(guider.model_options).items()}
+    if guider.model_patcher.get_additional_models_with_key("multigpu"):
+        for method in methods.values():
+            if method.models():
+                refuse_copy(method.name)
     guider.model_options = {**guider.model_options, KEY: methods}
     return executor(noise, *args, **kwargs)
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from ...weights.files import differing
 from ...weights.painternet import BranchPlan, BranchWeights
+from ..core.sampling_run import refuse_copy
 from ..core.unet_attention import Place, add_patch, transformer_places
 
 
@@ -169,7 +170,10 @@ def branch_model(weights: BranchWeights) -> ModelPatcher:
     network = BranchNetwork(weights.plan, has_attention_points, comfy.ops.manual_cast, dtype=dtype, device=offload)
     load_weights(network, weights)
     load = comfy.model_management.get_torch_device()
-    return CoreModelPatcher(network.eval(), load_device=load, offload_device=offload)
+    patcher = CoreModelPatcher(network.eval(), load_device=load, offload_device=offload)
+    # What the host calls for a copy on another GPU.
+    patcher.cached_patcher_init = (refuse_copy, ("Apply Branch",))
+    return patcher
 
 
 def network_state(weights: BranchWeights) -> dict[str, torch.Tensor]:

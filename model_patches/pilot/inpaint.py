@@ -19,6 +19,7 @@ from ...imaging.harmonize import ONLY_BLEND, harmonize_pictures
 from ...imaging.masks import resize_mask
 from ...imaging.morphology import feather as feather_mask
 from ...imaging.pictures import check_pictures, common_count
+from ..core.autograd import staying
 from ..core.diffusion import Diffusion, Sampling
 from .sampler import PILOT, pilot_sampler
 
@@ -67,8 +68,7 @@ def inpaint(
     if not bool(hole.any()):
         announce("PILOT: the mask has no hole, so the picture stays as it is.")
         return latent, pictures
-    # The host may evict weights that a graph still needs.
-    model = diffusion.model.clone(disable_dynamic=True)
+    model = staying(diffusion.model)
     sigmas = comfy.samplers.calculate_sigmas(
         model.get_model_object("model_sampling"), sampling.scheduler, sampling.steps
     )

@@ -30,7 +30,7 @@ from comfy.samplers import Sampler, calc_cond_batch
 from tqdm.auto import tqdm
 
 from ...imaging.masks import as_mask_batch, hole_cells
-from ..core.autograd import as_ordinary, gradients_enabled, recomputed, saving_copies
+from ..core.autograd import as_ordinary, gradients_enabled, recomputed, saving_copies, staying
 from ..core.sampling_run import SamplingRun, refuse_compiled, running
 from ..core.unet_attention import require_unet
 from .private_controls import own_controls
@@ -161,14 +161,14 @@ def _weights_that_stay(guider: Any, noise: torch.Tensor, model_options: dict[str
     if not patcher.is_dynamic():
         yield
         return
-    staying = patcher.clone(disable_dynamic=True)
-    guider.inner_model, _, _ = comfy.sampler_helpers.prepare_sampling(staying, noise.shape, guider.conds, model_options)
-    guider.model_patcher = staying
-    staying.pre_run()
+    own = staying(patcher)
+    guider.inner_model, _, _ = comfy.sampler_helpers.prepare_sampling(own, noise.shape, guider.conds, model_options)
+    guider.model_patcher = own
+    own.pre_run()
     try:
         yield
     finally:
-        staying.cleanup()
+        own.cleanup()
         guider.model_patcher, guider.inner_model = patcher, model
 
 

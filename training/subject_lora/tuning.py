@@ -21,7 +21,7 @@ from comfy.model_base import ModelType
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import encode_model_conds
 
-from ...model_patches.core.autograd import as_ordinary, gradients_enabled, make_weights_ordinary, recomputed
+from ...model_patches.core.autograd import as_ordinary, gradients_enabled, make_weights_ordinary, recomputed, staying
 from .adapters import LowRank, attached, fresh_adapters
 from .memory import step_memory
 
@@ -101,8 +101,7 @@ class Tuner:
     def __init__(self, model: ModelPatcher, tuning: Tuning) -> None:
         check(model)
         self._tuning = tuning
-        # Weights that the host may evict between the forward and the backward pass cannot be differentiated through.
-        self._patcher = model.clone(disable_dynamic=True)
+        self._patcher = staying(model)
         unet = self._patcher.model.diffusion_model
         with gradients_enabled():
             self.adapters: dict[str, LowRank] = fresh_adapters(unet, tuning.rank, tuning.outputs, tuning.seed)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from devtools.pack import pack_module
+from devtools.pack import load_pack, pack_module
+from truefill_testing.small_models import small_model
+
+import comfy.model_management  # isort: skip
+import comfy.model_patcher  # isort: skip
+from comfy.model_patcher import ModelPatcher  # isort: skip
 
 pytestmark = pytest.mark.quick
 
+load_pack()
 autograd = pack_module("model_patches.core.autograd")
+demo = pack_module("weights.demo_dit")
 
 
 def loaded_in_inference_mode() -> torch.nn.Module:
@@ -83,3 +92,34 @@ def _saved(node: torch.autograd.graph.Node) -> list[torch.Tensor]:
     names = [name for name in dir(node) if name.startswith("_saved_")]
     values = [getattr(node, name) for name in names]
     return [value for value in values if isinstance(value, torch.Tensor)]
+
+
+class TestWeightsThatTheHostMoves:
+    """Its dynamic VRAM is for GPUs; a patcher that says that it is dynamic is loaded again by the host as a real one."""
+
+    @pytest.fixture
+    def dynamic(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelPatcher]]:
+        class Dynamic(ModelPatcher):
+            def is_dynamic(self) -> bool:
+                return True
+
+        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
+        yield Dynamic
+        comfy.model_management.unload_all_models()
+
+    @pytest.mark.parametrize("kind", ["inpainting", "text-to-image", "transformer"])
+    def test_the_demo_model_can_be_loaded_again(self, dynamic: type[ModelPatcher], kind: str) -> None:
+        model, *_ = demo.load_kind(kind)
+        assert type(model) is dynamic
+        own = autograd.staying(model)
+        assert type(own) is ModelPatcher and own.model is not model.model
+        weights = model.model.state_dict()
+        assert all(torch.equal(weight, weights[name]) for name, weight in own.model.state_dict().items())
+
+    def test_a_model_that_cant_be_gets_one_sentence(self, dynamic: type[ModelPatcher]) -> None:
+        model = small_model("sd15", False)
+        assert autograd.staying(model).model is model.model
+        model.__class__ = dynamic
+        with pytest.raises(ValueError, match=r"own loaders, or start ComfyUI with --disable-dynamic-vram\.") as refused:
+            autograd.staying(model)
+        assert "\n" not in str(refused.value)

@@ -85,7 +85,7 @@ class TestRuns:
                 return super().clone(**keywords) if not disable_dynamic else scene.patcher.clone()
 
         model = scene.patcher.clone()
-        model.__class__ = Dynamic
+        model.__class__, model.cached_patcher_init = Dynamic, (lambda: None, ())
         assert torch.equal(scene.host(sigmas, model, sampler=sampler(**TWO_AT_EVERY_SECOND)), expected)
         assert asked == [True]
 
