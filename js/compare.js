@@ -277,7 +277,7 @@ function addComparison(node) {
 addStyle(STYLE)
 
 app.registerExtension({
-  name: 'TrueFill.Compare',
+  name: 'truefill.compare',
   nodeCreated(node) {
     if (node.comfyClass === NODE) addComparison(node)
   },

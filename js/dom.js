@@ -6,9 +6,9 @@ import { api } from '../../scripts/api.js'
 const MARGIN = 10
 
 export function addStyle(text) {
-  const style = document.createElement('style')
-  style.textContent = text
-  document.head.append(style)
+  const sheet = new CSSStyleSheet()
+  sheet.replaceSync(text)
+  document.adoptedStyleSheets.push(sheet)
 }
 
 /** A function that makes elements of class `<prefix>-<name>`: properties, attributes (those with a dash, and `role`), children. */

@@ -3,6 +3,8 @@ import { app } from '../../scripts/app.js'
 import { addStyle, addView, address, button, forwardToCanvas, maker, nodeAt, point } from './dom.js'
 
 const NODES = ['TrueFillSegment', 'TrueFillPoints']
+/** ComfyUI's nodes whose widget `image` names the file that they show. */
+const LOADERS = ['LoadImage']
 const FIELDS = ['include', 'exclude', 'drawn']
 const START_SIZE = [420, 560]
 const MIN_HEIGHT = 260
@@ -209,7 +211,7 @@ class PointsEditor {
   /** The address of the picture that the connected node shows, '' where it shows none. */
   upstream() {
     const origin = feeding(this.node, 'image')
-    const value = origin?.comfyClass === 'LoadImage' && origin.widgets?.find((widget) => widget.name === 'image')?.value
+    const value = LOADERS.includes(origin?.comfyClass) && origin.widgets?.find((widget) => widget.name === 'image')?.value
     if (value) return address(inputFile(value))
     return origin?.imgs?.[0]?.src ?? ''
   }
@@ -424,7 +426,7 @@ function addEditor(node) {
 addStyle(STYLE)
 
 app.registerExtension({
-  name: 'TrueFill.Points',
+  name: 'truefill.points',
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) addEditor(node)
   },
@@ -434,7 +436,7 @@ app.registerExtension({
   },
   getNodeMenuItems(node) {
     const loader = NODES.includes(node.comfyClass) ? feeding(node, 'image') : null
-    if (loader?.comfyClass !== 'LoadImage') return []
+    if (!LOADERS.includes(loader?.comfyClass)) return []
     return [
       {
         content: 'Open the picture in MaskEditor',

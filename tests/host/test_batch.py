@@ -30,7 +30,7 @@ ROWS = 50
 SIDE = 12
 SECONDS = 0.2
 """Of each row, without which all would be done before a server is missed."""
-NAMES = ("Äpfel & Birnen", "日本 語", "a b", "A B", "../oben")
+NAMES = ("Äpfel & Birnen", "\u65e5\u672c \u8a9e", "a b", "A B", "../oben")
 
 
 def graph() -> dict[str, Any]:
