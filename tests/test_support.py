@@ -52,6 +52,8 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     monkeypatch.setattr(oracle, "KEPT", tmp_path / "kept")
     monkeypatch.setattr(oracle, "_ASIDE", tmp_path / "aside")
     monkeypatch.setattr(oracle._State, "compute_all", False)
+    # A file that was compiled before may be of the same second and length.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def load(source: str = SOURCE, part: float = 1.0) -> ModuleType:
         _forget()
@@ -63,8 +65,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
             assert spec is not None and spec.loader is not None
             modules.append(importlib.util.module_from_spec(spec))
             monkeypatch.setitem(sys.modules, f"toys.{name}", modules[-1])
-            # Not from a file that was compiled before: both may be of the same second and length.
-            exec(compile(text, path, "exec"), modules[-1].__dict__)
+            spec.loader.exec_module(modules[-1])
         return modules[-1]
 
     monkeypatch.setitem(sys.modules, "toys", ModuleType("toys"))

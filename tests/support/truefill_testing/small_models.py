@@ -160,3 +160,5 @@ def _randomise(unet: torch.nn.Module, seed: int) -> None:
         else:
             values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
         parameter.data.copy_(values)
+    # As the host's loaders leave them; before 0.30 it is the inference mode, in which they load, that has the same effect.
+    unet.requires_grad_(False)
