@@ -132,6 +132,8 @@ def host_model(
     patcher = kind(model, load_device=device, offload_device=comfy.model_management.unet_offload_device())
     weights = {name.removeprefix(UNET_PREFIX): tensor for name, tensor in state.items()}
     model.diffusion_model.load_state_dict(weights, assign=patcher.is_dynamic())
+    # Since 0.30 ComfyUI makes its networks so.
+    model.diffusion_model.requires_grad_(False)
     return patcher
 
 

@@ -1,0 +1,124 @@
+"""Every method on a model that is not on the CPU, but on a device without float64: tensors of the two are never mixed.
+
+No hardware is needed: see `truefill_testing.other_device`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from devtools.pack import load_pack, pack_module
+from truefill_testing.joint_scene import JointScene, transformer_of
+from truefill_testing.methods import METHODS, sampled
+from truefill_testing.other_device import OTHER, Placed, other_device
+from truefill_testing.scene import forget_models, patcher_of, randn, relative_error
+from truefill_testing.small_models import small_conditioning, small_model
+
+import comfy.model_management as host_memory  # isort: skip
+
+load_pack()
+with_method = pack_module("model_patches.core.sampling_run").with_method
+PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
+SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
+pilot = pack_module("model_patches.pilot.sampler")
+tuning = pack_module("training.subject_lora.tuning")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    of_host = host_memory.get_free_memory
+
+    def get_free_memory(device: Any = None, torch_free_too: bool = False) -> Any:
+        if device != OTHER:
+            return of_host(device, torch_free_too)
+        return (2**36, 2**36) if torch_free_too else 2**36
+
+    for module in (host_memory, pilot):
+        monkeypatch.setattr(module, "get_free_memory", get_free_memory)
+    # The host itself takes float64 where it is told nothing else.
+    monkeypatch.setattr(host_memory, "is_device_mps", lambda device: device == OTHER)
+    yield
+    host_memory.current_loaded_models.clear()
+    forget_models()
+    transformer_of.cache_clear()
+
+
+def placed(patcher: Any) -> Any:
+    patcher.load_device = OTHER
+    host_memory.load_models_gpu([patcher])
+    assert all(isinstance(weight, Placed) for weight in patcher.model.diffusion_model.parameters())
+    return patcher
+
+
+@pytest.mark.quick
+def test_the_device_is_as_strict_as_a_real_one() -> None:
+    with other_device():
+        there = torch.ones(2, 3).to(OTHER)
+        assert there.device == OTHER and isinstance(there + 1, Placed)
+        assert torch.equal((2 * there).cpu(), torch.full((2, 3), 2.0))
+        with pytest.raises(RuntimeError, match="expected all tensors on one device"):
+            torch.add(there, torch.ones(2, 3))
+        for made in (there.double, lambda: torch.zeros(2, dtype=torch.float64, device=OTHER)):
+            with pytest.raises(TypeError, match=r"has no torch\.float64"):
+                made()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_does_what_it_does_on_the_cpu(name: str) -> None:
+    inpainting = METHODS[name].inpainting
+    expected = sampled(name, small_model("sd15", inpainting))
+    host_memory.unload_all_models()
+    with other_device():
+        made = sampled(name, placed(small_model("sd15", inpainting)))
+    assert type(made) is torch.Tensor
+    assert relative_error(made, expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "on",
+    [
+        lambda model: with_method(model, SemanticBoundary()),
+        lambda model: with_method(model, PAIntA(end_percent=1.0)),
+    ],
+    ids=["SBC", "PAIntA"],
+)
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_it_does_so_on_a_transformer(family: str, on: Callable[[Any], Any]) -> None:
+    hole = torch.zeros(1, 1, 11, 14)
+    hole[..., 3:9, 4:13] = 1.0
+    scene = JointScene(family, hole=hole)
+    expected = scene.host(on(scene.patcher))
+    host_memory.unload_all_models()
+    with other_device():
+        made = scene.host(on(placed(scene.patcher)))
+    assert relative_error(made, expected) < 1e-4
+
+
+@pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])
+def test_a_subject_is_learned_as_on_the_cpu(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It takes any weight that is no plain tensor for a quantized one.
+    monkeypatch.setattr(tuning, "check", lambda model: None)
+
+    def learned(patcher: Any) -> torch.Tensor:
+        latent, masks = 5.0 * randn(1, 4, 16, 13, seed=30).float(), torch.ones(1, 1, 16, 13)
+        prompts = [small_conditioning("sd15", seed=3)]
+        example = tuning.Example(latent=latent, masks=masks, concat=[], prompts=prompts)
+        tuner = tuning.Tuner(patcher, tuning.Tuning(steps=1, accumulate=1, rank=3, seed=5, recompute=recompute))
+        # What Adam would divide away.
+        tuner.optimizer = torch.optim.SGD(
+            [weight for of in tuner.adapters.values() for weight in of.parameters()], lr=1.0
+        )
+        with torch.inference_mode():
+            tuner.run([example], [], lambda step, loss: None)
+        return torch.cat([of.up.detach().cpu().flatten() for of in tuner.adapters.values()])
+
+    expected = learned(patcher_of("sd15", False, torch.float32))
+    host_memory.unload_all_models()
+    forget_models()
+    with other_device():
+        made = learned(placed(patcher_of("sd15", False, torch.float32)))
+    assert expected.any() and float((made - expected).norm() / expected.norm()) < 1e-4
