@@ -47,6 +47,9 @@ def ensure_host() -> Path:
     import torch
     from comfy.cli_args import args
 
+    # As the host's main does: before 0.26 its `nodes` puts the folder of comfy/utils.py on the path.
+    importlib.import_module("utils.extra_config")
+
     args.cpu = not torch.cuda.is_available()
     # folder_paths reads this once, at import: the user's own models and outputs stay untouched.
     base = ROOT / ".cache" / "test-base"

@@ -22,12 +22,14 @@ def comfyui() -> Iterator[Server]:
         for inpainting in (False, True):
             checkpoint(family, inpainting)
     checkpoint("x4", inpainting=False)
+    # Before ComfyUI knew SAM 3 there is nothing to make smaller.
+    further = [SMALL_SAM3] if (host_path() / "comfy" / "ldm" / "sam3").is_dir() else []
     # People unpack the pack into folders of all kinds of names.
     with Server(
         host_path(),
         Path(sys.executable),
         pack_folder="ComfyUI-TrueFill main (1)",
-        beside=[SMALL_CLIP_H, SMALL_SAM3, SMALL_TRANSFORMERS],
+        beside=[SMALL_CLIP_H, *further, SMALL_TRANSFORMERS],
         models=[models_folder()],
         log_name="test-server",
     ) as server:
