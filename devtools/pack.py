@@ -47,7 +47,7 @@ def ensure_host() -> Path:
     import torch
     from comfy.cli_args import args
 
-    # As the host's main does: before 0.26 its `nodes` puts the folder of comfy/utils.py on the path.
+    # As the host's main does: in an older host `nodes` puts the folder of comfy/utils.py on the path.
     importlib.import_module("utils.extra_config")
 
     args.cpu = not torch.cuda.is_available()

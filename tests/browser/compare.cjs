@@ -76,7 +76,8 @@ function surroundings() {
     hostImages: node.imgs?.length ?? 0,
     images: document.querySelectorAll(`[data-node-id="${node.id}"] img`).length,
     element: !!document.querySelector(`[data-node-id="${node.id}"]`),
-    styles: [...document.querySelectorAll('style')].filter((style) => style.textContent.includes('.truefill-compare')).length,
+    styles: document.adoptedStyleSheets.filter((sheet) => [...sheet.cssRules].some((rule) => rule.cssText.includes('.truefill-compare')))
+      .length,
     widgetsValues: node.serialize().widgets_values ?? []
   }
 }

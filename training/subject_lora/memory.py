@@ -44,7 +44,7 @@ class Peak(TorchDispatchMode):
         self._known[id(storage)] = size
         self.now += size
         self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, id(storage))
+        weakref.finalize(storage, self._free, id(storage)).atexit = False
 
     def _free(self, key: int) -> None:
         self.now -= self._known.pop(key)

@@ -6,25 +6,32 @@ No hardware is needed: see `truefill_testing.other_device`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from devtools.pack import load_pack, pack_module
 from truefill_testing.joint_scene import JointScene, transformer_of
 from truefill_testing.methods import METHODS, sampled
 from truefill_testing.other_device import OTHER, Placed, other_device
-from truefill_testing.scene import forget_models, patcher_of, randn, relative_error
-from truefill_testing.small_models import small_conditioning, small_model
+from truefill_testing.scene import Scene, forget_models, patcher_of, randn, relative_error
+from truefill_testing.small_models import small_conditioning, small_model, small_upscaler, upscaler_conditioning
 
 import comfy.model_management as host_memory  # isort: skip
+import comfy.samplers  # isort: skip
 
 load_pack()
 with_method = pack_module("model_patches.core.sampling_run").with_method
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 SemanticBoundary = pack_module("model_patches.pilot.semantic_boundary").SemanticBoundary
 pilot = pack_module("model_patches.pilot.sampler")
+two_stage_sampler = pack_module("model_patches.dreammix.two_stage_sampler")
+region_plan = pack_module("imaging.region_plan")
+upscaling = pack_module("model_patches.hd_painter.super_resolution")
+Harmony = pack_module("imaging.harmonize").Harmony
 tuning = pack_module("training.subject_lora.tuning")
 
 
@@ -96,6 +103,76 @@ def test_it_does_so_on_a_transformer(family: str, on: Callable[[Any], Any]) -> N
     with other_device():
         made = scene.host(on(placed(scene.patcher)))
     assert relative_error(made, expected) < 1e-4
+
+
+class CellVae:
+    """In the place of the host's VAE: a cell is the mean color of its pixels. What it gives lies on the CPU, as there."""
+
+    latent_channels, vae_dtype = 4, torch.float32
+
+    def __init__(self, side: int) -> None:
+        self.side, self.patcher = side, SimpleNamespace(model_size=lambda: 5)
+
+    def spacial_compression_encode(self) -> int:
+        return self.side
+
+    def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        return 1
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        cells = F.avg_pool2d(pixels.cpu()[..., :3].movedim(-1, 1), self.side)
+        return torch.cat((cells, cells.mean(1, keepdim=True)), 1)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(latent.cpu()[:, :3], scale_factor=self.side).movedim(1, -1).clamp(0.0, 1.0)
+
+
+def test_two_stages_make_what_they_make_on_the_cpu() -> None:
+    picture = torch.rand(1, 101, 124, 3, generator=torch.Generator().manual_seed(3))
+    hole = torch.zeros(1, 101, 124)
+    hole[:, 30:52, 41:80] = 1.0
+    settings = two_stage_sampler.TwoStages(
+        local_share=0.5, region=region_plan.RegionSettings.local(64, 0.5, 8), feather=8
+    )
+
+    def made(place: Callable[[Any], Any]) -> torch.Tensor:
+        scene = Scene("sd15", True, True, torch.float32)
+        guider = comfy.samplers.CFGGuider(place(scene.patcher))
+        guider.set_conds(scene.positive, scene.negative)
+        guider.set_cfg(2.0)
+        sampler, sigmas = comfy.samplers.sampler_object("euler"), scene.sigmas("karras", 4)[1:]
+        run = two_stage_sampler.Run(guider=guider, vae=CellVae(8), sampler=sampler, sigmas=sigmas, seed=7)
+        with torch.inference_mode():
+            return two_stage_sampler.sample_in_two_stages(picture, hole, run, settings, lambda text: None)[0]
+
+    expected = made(lambda patcher: patcher)
+    host_memory.unload_all_models()
+    forget_models()
+    with other_device():
+        there = made(placed)
+    assert torch.allclose(there, expected, atol=1e-4) and not torch.allclose(expected, picture, atol=0.1)
+
+
+@pytest.mark.parametrize("tile", [0, 64])
+def test_a_hole_is_upscaled_as_on_the_cpu(tile: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    picture, small = torch.rand(1, 64, 96, 3, generator=generator), torch.rand(1, 16, 24, 3, generator=generator)
+    hole = torch.zeros(1, 64, 96)
+    hole[:, 10:40, 20:60] = 1.0
+
+    def made(place: Callable[[Any], Any]) -> torch.Tensor:
+        positive, negative = upscaler_conditioning(torch.zeros(1, 8, 8, 3), 0, seed=1)
+        model = place(small_upscaler())
+        diffusion = upscaling.Diffusion(model=model, positive=positive, negative=negative, vae=CellVae(4))
+        sampling, layout = upscaling.UpscaleSampling(steps=2, seed=3), upscaling.Layout(tile=tile)
+        with torch.inference_mode():
+            return upscaling.upscale_hole(picture, small, hole, diffusion, None, sampling, layout, Harmony("off"))
+
+    expected = made(lambda patcher: patcher)
+    host_memory.unload_all_models()
+    with other_device():
+        there = made(placed)
+    assert torch.allclose(there, expected, atol=1e-4) and not torch.allclose(expected, picture, atol=0.1)
 
 
 @pytest.mark.parametrize("recompute", [True, False], ids=["recomputed", "kept"])

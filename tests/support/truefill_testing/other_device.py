@@ -98,16 +98,20 @@ def other_device() -> Iterator[torch.device]:
     """Within it there is `OTHER`, and modules can be moved there."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    generator, tensor = torch.Generator, torch.tensor
+    generator, tensor, as_tensor = torch.Generator, torch.tensor, torch.as_tensor
 
     def made(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         # PyTorch fills it where nobody can step in.
         return tensor(data, **options) if device is None else tensor(data, **options).to(device)
 
+    def made_of(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        return as_tensor(data, **options) if device is None else as_tensor(data, **options).to(device)
+
     try:
         with (
             patch.object(torch, "Generator", lambda device="cpu": generator()),
             patch.object(torch, "tensor", made),
+            patch.object(torch, "as_tensor", made_of),
             # Its tensors make trouble for wrappers.
             patch.object(torch, "inference_mode", lambda mode=True: torch.set_grad_enabled(not mode)),
             _Mode(),
