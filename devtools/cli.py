@@ -26,6 +26,11 @@ ON_OLDER_HOSTS = (
     "tests/host/test_server.py",
     "tests/host/test_nodes.py",
     "tests/host/test_demo_model.py",
+    "tests/host/test_pilot.py",
+    "tests/host/test_dreammix.py",
+    "tests/host/test_painternet.py",
+    "tests/host/test_subject_nodes.py",
+    "tests/host/test_subject_tuning.py",
     "tests/model_patches/hd_painter/test_exact.py",
     "tests/model_patches/hd_painter/test_guidance.py",
 )

@@ -49,9 +49,10 @@ def said(config: dict[str, Any], size: int, recompute: bool) -> dict[str, float]
 
 def measured(model: Any, size: int, recompute: bool, device: torch.device) -> dict[str, float]:
     """GiB that two steps take here beside the weights, and what is said of them."""
-    scene = full_size.Scene(size, device)
-    masks = torch.ones(1, 1, size // 8, size // 8)
-    example = Example(latent=scene.latent, masks=masks, concat=[], prompts=[scene.sides[0]])
+    side, width = size // 8, model.model.model_config.unet_config["context_dim"]
+    prompt = [[torch.randn(1, TOKENS, width), {"pooled_output": None}]]
+    latent, masks = torch.randn(1, 4, side, side), torch.ones(1, 1, side, side)
+    example = Example(latent=latent, masks=masks, concat=[], prompts=[prompt])
     tuner = Tuner(model, Tuning(steps=2, accumulate=1, recompute=recompute))
     comfy.model_management.load_models_gpu([model])
     with torch.inference_mode(), PeakMemory(device) as memory:

@@ -290,19 +290,12 @@ class TrueFillTrainSubject(io.ComfyNode):
         if len(pictures) == 1:
             announce("Train Subject: there is one picture of the subject; DreamMix takes several.")
         size = training_size(pictures[0].shape[0], pictures[0].shape[1], one["native_size"])
-        needed = (model.model_size() + tuner.memory([*subject, *regular])) / _GIGABYTE
-        there: Any = comfy.model_management.get_total_memory(model.load_device)
-        there /= _GIGABYTE
         announce(
             f"Train Subject: {tuner.count} weights learn from {len(subject)} pictures and {len(regular)} regular ones of "
-            f"{size[1]}x{size[0]}. With the model that holds about {needed:.1f} of {there:.1f} GB, and workspaces of "
-            "the kernels on top."
+            f"{size[1]}x{size[0]}."
         )
-        if needed > there:
-            announce(
-                "Train Subject: that is more than there is, and will be slow or fail: turn 'save_memory' on, or take a smaller "
-                "'native_size'."
-            )
+        there: Any = comfy.model_management.get_total_memory(model.load_device)
+        announce(memory_notice(model.model_size() + tuner.memory([*subject, *regular]), there, tuning.recompute))
         prompt = encode_prompt(one["clip"], one.get("sample_prompt", "").strip() or called[0])
         negative = encode_prompt(one["clip"], "")
 
@@ -318,6 +311,18 @@ class TrueFillTrainSubject(io.ComfyNode):
         curve = draw_curves(losses, file.path.stem)
         picture = torch.from_numpy(np.asarray(curve, dtype=np.float32) / 255.0)[None]
         return io.NodeOutput(tuned, file.path.name, picture, torch.cat(samples) if samples else ExecutionBlocker(None))
+
+
+def memory_notice(needed: int, there: int, saves: bool) -> str:
+    """What a training holds of a device's memory, in bytes, and what to do where that is more than there is."""
+    text = (
+        f"Train Subject: with the model this holds about {needed / _GIGABYTE:.1f} of {there / _GIGABYTE:.1f} GB, and the "
+        "kernels' workspaces on top."
+    )
+    if needed <= there:
+        return text
+    cure = "take a smaller 'native_size'" if saves else "turn 'save_memory' on, or take a smaller 'native_size'"
+    return f"{text} That is more than there is, and will be slow or fail: {cure}."
 
 
 def _run(

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -26,6 +26,7 @@ from .call_rows import ROWS_KEY, Conds, PromptRows, has_weight, with_rows
 from .holes import hole_on_latent
 from .joint_attention import JointCall, install
 from .protocol import Method, MethodRun, UNetCall
+from .refusals import refuse_compiled, refuse_copy
 from .token_layout import token_layout
 from .unet_attention import TransformerPlace, transformer_places
 
@@ -77,13 +78,6 @@ def of_part(model: ModelPatcher, cut: Callable[[torch.Tensor], torch.Tensor]) ->
 def _methods(model_options: Mapping[str, Any]) -> dict[str, Method]:
     """What the nodes have asked for, by key. Never changed, only replaced: clones of a model share it."""
     return model_options.get(KEY, {})
-
-
-def refuse_copy(who: str) -> NoReturn:
-    """Raises ValueError: the host would have a network of `who` on a second GPU, too."""
-    raise ValueError(
-        f"{who} has a network of its own and works on one GPU: take ComfyUI's 'MultiGPU CFG Split' out of the graph."
-    )
 
 
 def _models_key(settings: Method) -> str:
@@ -498,13 +492,3 @@ class _Evaluations:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-
-def refuse_compiled(model_options: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError, in one sentence that begins with `who`, for the options of a compiled model."""
-    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if "torch.compile" in wrappers:
-        raise ValueError(
-            f"{who} reads or edits attention while the model runs, which a compiled model does not allow: take the "
-            "TorchCompileModel node out of this graph, or the TrueFill nodes."
-        )

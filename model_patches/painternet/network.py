@@ -26,7 +26,7 @@ from torch import nn
 
 from ...weights.files import differing
 from ...weights.painternet import BranchPlan, BranchWeights
-from ..core.sampling_run import refuse_copy
+from ..core.refusals import refuse_copy
 from ..core.unet_attention import Place, add_patch, transformer_places
 
 

@@ -31,7 +31,8 @@ from tqdm.auto import tqdm
 
 from ...imaging.masks import as_mask_batch, hole_cells
 from ..core.autograd import as_ordinary, gradients_enabled, recomputed, saving_copies, staying
-from ..core.sampling_run import SamplingRun, refuse_compiled, running
+from ..core.refusals import refuse_compiled
+from ..core.sampling_run import SamplingRun, running
 from ..core.unet_attention import require_unet
 from .private_controls import own_controls
 from .semantic_boundary import SemanticBoundary

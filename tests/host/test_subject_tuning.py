@@ -96,7 +96,7 @@ def test_a_lora_that_the_hosts_loader_loads(server: Client, comfyui: Server, lor
     assert (loras / "test toy.safetensors").is_file() and not (loras / "test toy.unfinished").exists()
     said = comfyui.log.read_text(encoding="utf-8")
     assert "Train Subject: step 2 of 2, loss " in said
-    held, there = map(float, re.search(r"With the model that holds about ([\d.]+) of ([\d.]+) GB", said).groups())
+    held, there = map(float, re.search(r"with the model this holds about ([\d.]+) of ([\d.]+) GB", said).groups())
     assert 0.0 < held < there
     made = pictures(trained.images["save picture"])
     without = {key: of for key, of in graph_of("-", "sd15").items() if key not in ("train", "save")}

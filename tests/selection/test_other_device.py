@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from devtools.pack import ensure_host, pack_module
-from truefill_testing.other_device import OTHER, Placed, other_device
-
-ensure_host()
-
-import comfy.model_management as host_memory  # noqa: E402
+from devtools.pack import pack_module
+from truefill_testing.other_device import other_device, placed
 
 Prompt = pack_module("selection.segmenters").Prompt
 
 
 def picture() -> torch.Tensor:
     return torch.rand(90, 120, 3, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    free = (2**36, 2**36)
-    monkeypatch.setattr(
-        host_memory, "get_free_memory", lambda device=None, torch_free_too=False: free if torch_free_too else free[0]
-    )
-    yield
-    host_memory.current_loaded_models.clear()
 
 
 def copied(network: Any) -> Any:
@@ -39,12 +24,10 @@ def copied(network: Any) -> Any:
     return made
 
 
-def placed(of: Any) -> Any:
-    of.patcher.load_device = OTHER
-    # In the real one, which they run in.
+def there(of: Any) -> Any:
+    # In the real inference mode, which both run in.
     with torch.autograd.grad_mode.inference_mode():
-        host_memory.load_models_gpu([of.patcher])
-    assert all(isinstance(weight, Placed) for weight in of.patcher.model.parameters())
+        placed(of.patcher)
     return of
 
 
@@ -52,7 +35,7 @@ def test_a_detector_finds_the_same(small_detector: Any) -> None:
     expected = small_detector.detect(picture(), ["red cup", "spoon"])
     network = copied(small_detector.patcher.model.network)
     with other_device():
-        found = placed(type(small_detector).of(network, small_detector.tokenizer)).detect(
+        found = there(type(small_detector).of(network, small_detector.tokenizer)).detect(
             picture(), ["red cup", "spoon"]
         )
     assert len(found) == len(expected) > 100
@@ -66,7 +49,7 @@ def test_a_segmenter_finds_the_same(small_sam2: Any) -> None:
     expected = small_sam2.segment(picture(), prompts)
     network = copied(small_sam2.patcher.model.network)
     with other_device():
-        found = placed(type(small_sam2).of(network)).segment(picture(), prompts)
+        found = there(type(small_sam2).of(network)).segment(picture(), prompts)
     for one, other in zip(found, expected, strict=True):
         assert torch.allclose(one.logits, other.logits, atol=1e-4) and torch.allclose(
             one.scores, other.scores, atol=1e-5

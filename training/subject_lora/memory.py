@@ -17,7 +17,7 @@ from ...model_patches.core.autograd import gradients_enabled, recomputed
 from .adapters import attached, fresh_adapters
 
 
-class Peak(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """While it is entered, counts the bytes of tensors that are made and not yet freed; `most` is their peak.
 
     What is in `there` lies in memory anyway, and so do its views.
@@ -94,7 +94,7 @@ def step_memory(
         again: AbstractContextManager[None] = recomputed(unet, False) if recompute else nullcontext()
         trained = [weight for of in adapters.values() for weight in of.parameters()]
         there = [*unet.parameters(), *unet.buffers(), *trained, latent, time, read]
-        with attached(unet, adapters), again, Peak(there) as peak:
+        with attached(unet, adapters), again, LiveTensors(there) as live:
             options = {"optimized_attention_override": _attention}
             unet(latent, time, context=read, y=y, transformer_options=options).float().square().mean().backward()
-    return peak.most
+    return live.most

@@ -6,19 +6,19 @@ No hardware is needed: see `truefill_testing.other_device`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from devtools.pack import load_pack, pack_module
+from truefill_testing.area_vae import AreaVAE
 from truefill_testing.joint_scene import JointScene, transformer_of
 from truefill_testing.methods import METHODS, sampled
-from truefill_testing.other_device import OTHER, Placed, other_device
-from truefill_testing.scene import Scene, forget_models, patcher_of, randn, relative_error
-from truefill_testing.small_models import small_conditioning, small_model, small_upscaler, upscaler_conditioning
+from truefill_testing.other_device import OTHER, Placed, other_device, placed
+from truefill_testing.scene import Scene, forget_models, patcher_of, relative_error
+from truefill_testing.small_models import small_model, small_upscaler, upscaler_conditioning
+from truefill_testing.tuned_subject import learned
 
 import comfy.model_management as host_memory  # isort: skip
 import comfy.samplers  # isort: skip
@@ -37,28 +37,12 @@ tuning = pack_module("training.subject_lora.tuning")
 
 @pytest.fixture(autouse=True)
 def _nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    of_host = host_memory.get_free_memory
-
-    def get_free_memory(device: Any = None, torch_free_too: bool = False) -> Any:
-        if device != OTHER:
-            return of_host(device, torch_free_too)
-        return (2**36, 2**36) if torch_free_too else 2**36
-
-    for module in (host_memory, pilot):
-        monkeypatch.setattr(module, "get_free_memory", get_free_memory)
-    # The host itself takes float64 where it is told nothing else.
-    monkeypatch.setattr(host_memory, "is_device_mps", lambda device: device == OTHER)
+    # PILOT has the function itself.
+    monkeypatch.setattr(pilot, "get_free_memory", lambda device: host_memory.get_free_memory(device))
+    host_memory.unload_all_models()
     yield
-    host_memory.current_loaded_models.clear()
     forget_models()
     transformer_of.cache_clear()
-
-
-def placed(patcher: Any) -> Any:
-    patcher.load_device = OTHER
-    host_memory.load_models_gpu([patcher])
-    assert all(isinstance(weight, Placed) for weight in patcher.model.diffusion_model.parameters())
-    return patcher
 
 
 @pytest.mark.quick
@@ -105,28 +89,6 @@ def test_it_does_so_on_a_transformer(family: str, on: Callable[[Any], Any]) -> N
     assert relative_error(made, expected) < 1e-4
 
 
-class CellVae:
-    """In the place of the host's VAE: a cell is the mean color of its pixels. What it gives lies on the CPU, as there."""
-
-    latent_channels, vae_dtype = 4, torch.float32
-
-    def __init__(self, side: int) -> None:
-        self.side, self.patcher = side, SimpleNamespace(model_size=lambda: 5)
-
-    def spacial_compression_encode(self) -> int:
-        return self.side
-
-    def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return 1
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        cells = F.avg_pool2d(pixels.cpu()[..., :3].movedim(-1, 1), self.side)
-        return torch.cat((cells, cells.mean(1, keepdim=True)), 1)
-
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(latent.cpu()[:, :3], scale_factor=self.side).movedim(1, -1).clamp(0.0, 1.0)
-
-
 def test_two_stages_make_what_they_make_on_the_cpu() -> None:
     picture = torch.rand(1, 101, 124, 3, generator=torch.Generator().manual_seed(3))
     hole = torch.zeros(1, 101, 124)
@@ -141,7 +103,7 @@ def test_two_stages_make_what_they_make_on_the_cpu() -> None:
         guider.set_conds(scene.positive, scene.negative)
         guider.set_cfg(2.0)
         sampler, sigmas = comfy.samplers.sampler_object("euler"), scene.sigmas("karras", 4)[1:]
-        run = two_stage_sampler.Run(guider=guider, vae=CellVae(8), sampler=sampler, sigmas=sigmas, seed=7)
+        run = two_stage_sampler.Run(guider=guider, vae=AreaVAE(8), sampler=sampler, sigmas=sigmas, seed=7)
         with torch.inference_mode():
             return two_stage_sampler.sample_in_two_stages(picture, hole, run, settings, lambda text: None)[0]
 
@@ -162,7 +124,7 @@ def test_a_hole_is_upscaled_as_on_the_cpu() -> None:
     def made(place: Callable[[Any], Any]) -> torch.Tensor:
         positive, negative = upscaler_conditioning(torch.zeros(1, 8, 8, 3), 0, seed=1)
         model = place(small_upscaler())
-        diffusion = upscaling.Diffusion(model=model, positive=positive, negative=negative, vae=CellVae(4))
+        diffusion = upscaling.Diffusion(model=model, positive=positive, negative=negative, vae=AreaVAE(4))
         sampling, layout = upscaling.UpscaleSampling(steps=2, seed=3), upscaling.Layout(tile=64)
         with torch.inference_mode():
             return upscaling.upscale_hole(picture, small, hole, diffusion, None, sampling, layout, Harmony("off"))
@@ -177,20 +139,6 @@ def test_a_hole_is_upscaled_as_on_the_cpu() -> None:
 def test_a_subject_is_learned_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes any weight that is no plain tensor for a quantized one.
     monkeypatch.setattr(tuning, "check", lambda model: None)
-
-    def learned(patcher: Any) -> torch.Tensor:
-        latent, masks = 5.0 * randn(1, 4, 16, 13, seed=30).float(), torch.ones(1, 1, 16, 13)
-        prompts = [small_conditioning("sd15", seed=3)]
-        example = tuning.Example(latent=latent, masks=masks, concat=[], prompts=prompts)
-        tuner = tuning.Tuner(patcher, tuning.Tuning(steps=1, accumulate=1, rank=3, seed=5))
-        # What Adam would divide away.
-        tuner.optimizer = torch.optim.SGD(
-            [weight for of in tuner.adapters.values() for weight in of.parameters()], lr=1.0
-        )
-        with torch.inference_mode():
-            tuner.run([example], [], lambda step, loss: None)
-        return torch.cat([of.up.detach().cpu().flatten() for of in tuner.adapters.values()])
-
     expected = learned(patcher_of("sd15", False, torch.float32))
     host_memory.unload_all_models()
     forget_models()

@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from devtools.pack import load_pack
+from devtools.pack import load_pack, pack_module
 from truefill_testing.branch_scene import SmallBranch
 from truefill_testing.methods import METHODS, sampled
 from truefill_testing.scene import forget_models, relative_error
-from truefill_testing.small_models import small_model
+from truefill_testing.small_models import CONTEXT_DIM, small_model
 
 import comfy.model_management  # isort: skip
 import comfy.multigpu  # isort: skip
 
 load_pack()
+with_method = pack_module("model_patches.core.sampling_run").with_method
+reference = pack_module("model_patches.lar_gen.reference")
+branches = pack_module("model_patches.lar_gen.branch")
 
 DEVICES = [torch.device("cpu"), torch.device("cpu", 0)]
 
@@ -88,3 +91,16 @@ def test_a_branch_gets_one_sentence(comes_first: bool) -> None:
         else:
             sampled("Branch", split(False))
     assert "\n" not in str(refused.value)
+
+
+def test_a_reference_network_gets_one_sentence() -> None:
+    width = CONTEXT_DIM["sd15"]
+    branch = branches.Branch(model=loadable(False), weight=torch.zeros(width, 1), bias=torch.zeros(width))
+    settings = reference.Refine(
+        latents=torch.zeros(1, 4, 8, 8), is_one=True, branch=branch, details=torch.zeros(1, 6, 1)
+    )
+    model = with_method(split(True), settings)
+    with pytest.raises(
+        ValueError, match="Refine has a network of its own and works on one GPU: take ComfyUI's 'MultiGPU"
+    ):
+        sampled("none", model)

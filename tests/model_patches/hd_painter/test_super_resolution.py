@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from devtools.pack import ensure_host, pack_module
+from truefill_testing.area_vae import AreaVAE
 from truefill_testing.regions import one_sentence
 from truefill_testing.small_models import small_conditioning, small_model, small_upscaler, upscaler_conditioning
 
@@ -23,32 +23,6 @@ tiles = pack_module("model_patches.hd_painter.tiled_sampling")
 Box = pack_module("imaging.region_plan").Box
 Harmony = pack_module("imaging.harmonize").Harmony
 OFF = Harmony("off")
-
-
-class AreaVAE:
-    """The interface of the host's VAE, whose latents are the mean colours of squares of `factor` pixels, and their mean."""
-
-    latent_channels = 4
-    vae_dtype = torch.float32
-
-    def __init__(self, factor: int) -> None:
-        self.factor = factor
-        self.patcher = SimpleNamespace(model_size=lambda: 5)
-        self.seen: list[tuple[int, ...]] = []
-
-    def spacial_compression_encode(self) -> int:
-        return self.factor
-
-    def memory_used_decode(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        return shape[2] * shape[3]
-
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        self.seen.append(tuple(pixels.shape))
-        cells = F.avg_pool2d(pixels.movedim(-1, 1), self.factor)
-        return torch.cat((cells, cells.mean(1, keepdim=True)), 1)
-
-    def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(latent[:, :3], scale_factor=self.factor, mode="nearest").movedim(1, -1).clamp(0, 1)
 
 
 def x4(steps: int = 2) -> tuple[Any, Any]:

@@ -56,7 +56,7 @@ METHODS = {
 def sampled(name: str, model: Any, callback: Any = None) -> torch.Tensor:
     """Two steps of a method on a small SD1.5 model (of `small_model`, which it has to fit); the final latent."""
     method = METHODS[name]
-    scene = Scene("sd15", method.inpainting, True, torch.float32)
+    scene = Scene("sd15", bool(model.model.concat_keys), True, torch.float32)
     scene.CFG = 2.0
     chosen = sampler(interval=1, iterations=1) if method.is_sampler else "euler"
     return scene.host(scene.sigmas("simple", STEPS), method.on(model), sampler=chosen, callback=callback)

@@ -13,8 +13,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from devtools.pack import ensure_host
+
+ensure_host()
+
+import comfy.model_management as host_memory  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
 OTHER = torch.device("meta")
 """The one name that PyTorch lets pass where there is no such hardware."""
@@ -95,7 +101,7 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def other_device() -> Iterator[torch.device]:
-    """Within it there is `OTHER`, and modules can be moved there."""
+    """Within it there is `OTHER`, the host knows it, and modules can be moved there; after it the host has nothing loaded."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     generator, tensor, as_tensor = torch.Generator, torch.tensor, torch.as_tensor
@@ -107,8 +113,18 @@ def other_device() -> Iterator[torch.device]:
     def made_of(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
         return as_tensor(data, **options) if device is None else as_tensor(data, **options).to(device)
 
+    free_memory, room = host_memory.get_free_memory, 2**36
+
+    def get_free_memory(device: Any = None, torch_free_too: bool = False) -> Any:
+        if device != OTHER:
+            return free_memory(device, torch_free_too)
+        return (room, room) if torch_free_too else room
+
     try:
         with (
+            patch.object(host_memory, "get_free_memory", get_free_memory),
+            # The host itself takes float64 where it is told nothing else.
+            patch.object(host_memory, "is_device_mps", lambda device: device == OTHER),
             patch.object(torch, "Generator", lambda device="cpu": generator()),
             patch.object(torch, "tensor", made),
             patch.object(torch, "as_tensor", made_of),
@@ -119,6 +135,15 @@ def other_device() -> Iterator[torch.device]:
             yield OTHER
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)
+        host_memory.current_loaded_models.clear()
+
+
+def placed(patcher: Any) -> Any:
+    """A model of the host, loaded onto `OTHER`."""
+    patcher.load_device = OTHER
+    host_memory.load_models_gpu([patcher])
+    assert all(isinstance(weight, Placed) for weight in patcher.model.parameters())
+    return patcher
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
