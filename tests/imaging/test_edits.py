@@ -148,7 +148,6 @@ def test_a_loss_of_the_finest_detail_is_no_change(name: str) -> None:
     assert bool(taken[disc(0.09)].all()) and float((taken & ~around).float().mean()) < 0.002
 
 
-@pytest.mark.quick
 def test_a_change_alone_is_not_resampled() -> None:
     original, inside = photo("coffee"), disc(0.1)
     made = torch.where(inside, photo("coffee").flip(0, -1), original)
@@ -237,7 +236,6 @@ def test_pictures_without_detail_lie_over_each_other(value: float) -> None:
     assert bool(taken[30:60, 40:80].all()) and torch.equal(found.composite[:, ~taken], flat[:, ~taken])
 
 
-@pytest.mark.quick
 def test_batches_alpha_and_sizes() -> None:
     originals = torch.stack([photo("coffee"), photo("coffee").flip(-1)]).movedim(1, -1)[:, 100:300, 100:350]
     alpha = torch.rand(2, 200, 250, 1, generator=torch.Generator().manual_seed(3))

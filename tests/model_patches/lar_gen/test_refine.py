@@ -91,7 +91,7 @@ class Trained:
 @pytest.mark.parametrize(
     ("family", "inpainting", "subjects", "is_one", "options"),
     [
-        pytest.param("sd15", True, 2, True, {}, marks=pytest.mark.quick),
+        ("sd15", True, 2, True, {}),
         ("sd15", False, 2, False, {"strength": 0.6}),
         ("sd2", True, 1, True, {}),
         ("sdxl", True, 2, True, {}),
@@ -163,7 +163,6 @@ def test_strength_0_an_empty_mask_and_a_closed_window_are_no_node() -> None:
     assert relative_error(late, scene.host(sigmas, refined(scene.patcher))) > 1e-3
 
 
-@pytest.mark.quick
 def test_twice_is_the_same_and_the_branchs_noise_is_of_the_runs_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scene's own noise stays what it was: only the branch reads the seed."""
     scene = Scene("sd15", True, True)

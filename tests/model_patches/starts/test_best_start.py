@@ -193,7 +193,6 @@ def test_one_candidate_and_none_is_the_model_without_it() -> None:
     )
 
 
-@pytest.mark.quick
 def test_twice_is_the_same_and_the_given_model_is_not_changed() -> None:
     scene = Scene("sd15", False, True, torch.float32)
     sigmas = scene.sigmas("simple", 3)

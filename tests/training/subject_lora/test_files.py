@@ -16,8 +16,6 @@ load_pack()
 files = pack_module("training.subject_lora.files")
 tuning = pack_module("training.subject_lora.tuning")
 
-pytestmark = pytest.mark.quick
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_leftovers():
@@ -72,6 +70,7 @@ def test_another_run_is_not_gone_on_from(tmp_path: Path, examples) -> None:
     assert files.identity_of(settings, examples, examples) != identity
 
 
+@pytest.mark.quick
 def test_names(tmp_path: Path) -> None:
     assert files.lora_file(tmp_path, " toy.safetensors ").path == tmp_path / "toy.safetensors"
     (tmp_path / "toy.safetensors").write_bytes(b"mine")
@@ -82,6 +81,7 @@ def test_names(tmp_path: Path) -> None:
             files.lora_file(tmp_path, name)
 
 
+@pytest.mark.quick
 def test_a_full_disk_is_one_sentence_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, examples
 ) -> None:

@@ -81,7 +81,6 @@ def test_a_step_holds_what_it_is_said_to(family: str, dtype: torch.dtype, recomp
     assert tuner.memory([example]) == pytest.approx(allocator_peak(profile) + averages, rel=0.1)
 
 
-@pytest.mark.quick
 def test_more_pixels_hold_more_and_recomputing_less() -> None:
     patcher = patcher_of("sd15", True, torch.float32)
     small, large = said(patcher, (16, 16)), said(patcher, (32, 64))
@@ -101,7 +100,6 @@ def test_the_largest_picture_and_the_longest_prompt_count() -> None:
     assert tuner.memory([longer]) > tuner.memory([small])
 
 
-@pytest.mark.quick
 def test_weights_that_are_cast_at_each_use_count() -> None:
     patcher = patcher_of("sd15", False, torch.float16)
     as_it_is = said(patcher, (16, 16), recompute=False)
