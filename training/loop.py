@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from .curves import draw_curves
 
 Batch = dict[str, torch.Tensor]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Settings:
 
 
 IDENTITY = ("steps", "batch", "learning_rate", "seed", "bfloat16", "ema", "warm_up", "clip", "muon")
+# What a warm restart may change, and the record of it says as it was before.
+_RESTARTED = ("steps", "batch", "learning_rate")
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,10 @@ class _Steps(Dataset[Batch]):
         return self._task.batch(self._settings.seed, self._first + index, self._settings.batch)
 
 
-def _batches(task: Task, settings: Settings, first: int) -> Iterator[Batch]:
-    dataset = _Steps(task, settings, first)
+def in_workers(dataset: Dataset[Item], workers: int) -> Iterator[Item]:
+    """The items of a dataset in their order, made ahead by so many processes; by this one without any, or where none forks."""
     # Only forked workers see a pack whose modules are named after its folder.
-    workers = settings.workers if "fork" in multiprocessing.get_all_start_methods() else 0
+    workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
     context = "fork" if workers else None
     return iter(DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context))
 
@@ -145,8 +148,9 @@ def _optimizers(task: Task, parameters: list[torch.Tensor], settings: Settings) 
 class Trainer:
     """One stage's run. Its state lies in `folder`: checkpoint.pt, losses.json, losses.png.
 
-    With `restart` a run that has ended goes on to more steps, its learning rate high again (a warm restart, arXiv 1608.03983);
-    what is recorded of it says at which steps that was.
+    With `restart` a run that has ended goes on to more steps, its learning rate high again (a warm restart, arXiv 1608.03983),
+    with another size of batch if the settings say so; what is recorded of it says at which steps that was, and how it had been
+    trained up to there.
 
     Raises ValueError where the folder holds a run with other settings.
     """
@@ -160,7 +164,7 @@ class Trainer:
         self._average = [parameter.detach().clone() for parameter in self._parameters]
         self._optimizers = _optimizers(task, self._parameters, settings)
         self.step = 0
-        self.restarts: list[int] = []
+        self.restarts: list[dict[str, Any]] = []
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, float] = {}
         if self.checkpoint.is_file():
@@ -185,9 +189,10 @@ class Trainer:
         self.restarts = state["restarts"]
         restarted = restart and state["step"] == before.steps < self.settings.steps
         if restarted:
-            self.restarts.append(before.steps)
+            self.restarts.append({name: state["identity"][name] for name in _RESTARTED})
         for name, value in state["identity"].items():
-            if value != mine[name] and not (name == "steps" and (same_so_far or restarted)):
+            may_differ = name in _RESTARTED if restarted else name == "steps" and same_so_far
+            if value != mine[name] and not may_differ:
                 raise ValueError(
                     f"The run in {self.folder} has {name} {value}, this one {mine[name]}. "
                     "Resume it with its own settings, or start afresh in another folder."
@@ -260,7 +265,7 @@ class Trainer:
         settings = self.settings
         started, first = time.monotonic(), self.step
         saved = started
-        batches = _batches(self.task, settings, self.step) if self.step < settings.steps else iter(())
+        batches = in_workers(_Steps(self.task, settings, self.step), settings.workers)
         while self.step < settings.steps and not should_stop():
             losses = self._update(next(batches))
             self.step += 1

@@ -257,9 +257,25 @@ def test_a_run_that_has_ended_can_be_restarted_and_says_so(tmp_path):
     assert not again.train(lambda: next(calls) >= 2)
     # What was restarted is resumed like any other run.
     resumed = loop.Trainer(make_task("classifier"), longer, tmp_path, CPU)
-    assert resumed.train() and resumed.restarts == [8]
+    before = [{"steps": 8, "batch": settings.batch, "learning_rate": settings.learning_rate}]
+    assert resumed.train() and resumed.restarts == before
     record = export._record(tmp_path)
-    assert (record["restarts"], record["trained_steps"], record["steps"]) == ([8], 12, 12)
+    assert (record["restarts"], record["trained_steps"], record["steps"]) == (before, 12, 12)
+
+
+def test_a_restart_may_change_the_batch_and_says_how_it_was(tmp_path):
+    settings = replace(SETTINGS, steps=8, warm_up=1)
+    other = replace(settings, steps=12, batch=settings.batch + 1, learning_rate=settings.learning_rate / 2)
+    loop.Trainer(make_task("classifier"), settings, tmp_path, CPU).train()
+    again = loop.Trainer(make_task("classifier"), other, tmp_path, CPU, restart=True)
+    assert again.train()
+    record = export._record(tmp_path)
+    assert (record["batch"], record["learning_rate"]) == (other.batch, other.learning_rate)
+    assert record["restarts"] == [{"steps": 8, "batch": settings.batch, "learning_rate": settings.learning_rate}]
+    with pytest.raises(ValueError, match=f"has batch {other.batch}"):
+        loop.Trainer(make_task("classifier"), replace(other, batch=settings.batch), tmp_path, CPU)
+    with pytest.raises(ValueError, match="has seed 0, this one 1"):
+        loop.Trainer(make_task("classifier"), replace(other, steps=16, seed=1), tmp_path, CPU, restart=True)
 
 
 def test_a_run_that_has_not_ended_is_not_restarted(tmp_path):
@@ -311,7 +327,11 @@ def test_latents_are_made_once_and_resumed(tmp_path, monkeypatch):
     stopped = latents.load_latents(tmp_path, vae, "train", 4, True, CPU, should_stop=lambda: next(calls) >= 3)
     assert stopped is None and len(list(tmp_path.rglob("*.npz"))) == 3
     reports = []
-    made = latents.load_latents(tmp_path, vae, "train", 4, True, CPU, report=lambda *numbers: reports.append(numbers))
+
+    def report(done, total):
+        reports.append((done, total))
+
+    made = latents.load_latents(tmp_path, vae, "train", 4, True, CPU, report=report, workers=1)
     assert reports == [(3, 4)]
     assert made.clean.shape == made.masked.shape == (4, 4, 32, 32)
     assert made.hole.shape == (4, 1, 32, 32) and made.blank.shape == (4, 32, 32)

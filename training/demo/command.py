@@ -61,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--restart",
         action="store_true",
-        help="with more --steps than a run that has ended: its learning rate rises again",
+        help="with more --steps than a run that has ended: its learning rate rises again; --batch may be another",
     )
     parser.add_argument("--batch", type=positive, help="pictures in a step; " + listed("batch"))
     parser.add_argument("--learning-rate", type=float, help=listed("learning_rate"))
@@ -87,7 +87,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="default: %(default)s",
     )
     parser.add_argument("--threads", type=positive, help="threads on the CPU (default: torch's own choice)")
-    parser.add_argument("--workers", type=int, help="processes that make batches (default: 0, none besides this one)")
+    parser.add_argument(
+        "--workers", type=int, help="processes that make scenes and batches (default: 0, none besides this one)"
+    )
     parser.add_argument("--save-every", type=float, metavar="SECONDS", help="default: 180")
     parser.add_argument("--float32", action="store_true", help="no bfloat16")
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of all stages (default: .cache/training)")

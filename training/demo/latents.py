@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
+from ..loop import in_workers
 from ..world.attributes import SIZE, WORLD_VERSION
 from ..world.holes import scene_hole
 from ..world.scenes import make_scene
@@ -79,20 +82,32 @@ def write_arrays(path: Path, **arrays: torch.Tensor | np.ndarray) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _encode_shard(
-    vae: NarrowTAESD, split: str, first: int, holes: bool, device: torch.device
-) -> dict[str, torch.Tensor]:
-    parts: dict[str, list[torch.Tensor]] = {"clean": [], "masked": [], "hole": []}
-    for start in range(first, first + SHARD, _AT_ONCE):
+class _Scenes(Dataset[dict[str, torch.Tensor]]):
+    """Scenes in groups: their pixels, and their holes where a file is to hold masked pictures."""
+
+    def __init__(self, split: str, files: Sequence[tuple[str, int]]) -> None:
+        self._split, self._files = split, files
+        self.to_a_file = SHARD // _AT_ONCE
+
+    def __len__(self) -> int:
+        return len(self._files) * self.to_a_file
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
+        kind, first = self._files[item // self.to_a_file]
+        start = first + item % self.to_a_file * _AT_ONCE
         indices = range(start, start + _AT_ONCE)
-        pixels = as_pixels(np.stack([make_scene(split, index).picture for index in indices]))
-        if not holes:
-            parts["clean"].append(encode(vae, pixels, device))
-            continue
-        hole = torch.from_numpy(np.stack([scene_hole(split, index) for index in indices])).float()[:, None]
-        parts["masked"].append(encode(vae, with_hole(pixels, hole), device))
-        parts["hole"].append(latent_hole(hole).half())
-    return {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
+        group = {"pixels": as_pixels(np.stack([make_scene(self._split, index).picture for index in indices]))}
+        if kind == "masked":
+            holes = np.stack([scene_hole(self._split, index) for index in indices])
+            group["hole"] = torch.from_numpy(holes).float()[:, None]
+        return group
+
+
+def _encode_group(vae: NarrowTAESD, group: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    pixels, hole = group["pixels"], group.get("hole")
+    if hole is None:
+        return {"clean": encode(vae, pixels, device)}
+    return {"masked": encode(vae, with_hole(pixels, hole), device), "hole": latent_hole(hole).half()}
 
 
 def load_latents(
@@ -104,22 +119,27 @@ def load_latents(
     device: torch.device,
     should_stop: Callable[[], bool] = lambda: False,
     report: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 0,
 ) -> Latents | None:
     """The latents of the first `count` scenes, rounded up to whole shards; what is missing is encoded first.
 
     They lie in a sub-folder named after the VAE's weights, so that another VAE never meets them. `report` is told the
-    number of shards that exist and that are needed. Returns None where `should_stop` said so.
+    number of shards that exist and that are needed. The scenes are made by so many processes as `workers` says. Returns None
+    where `should_stop` said so.
     """
     kinds = ("clean", "masked") if holes else ("clean",)
     folder = folder / f"world{WORLD_VERSION}-{fingerprint(vae.state_dict())}" / split
     needed = [(kind, first) for kind in kinds for first in range(0, count, SHARD)]
     paths = [folder / f"{kind}-{first:07d}.npz" for kind, first in needed]
-    for done, ((kind, first), path) in enumerate(zip(needed, paths, strict=True)):
-        if not path.is_file():
-            if should_stop():
-                return None
-            report(done, len(needed))
-            write_arrays(path, **_encode_shard(vae, split, first, kind == "masked", device))
+    missing = [place for place, path in enumerate(paths) if not path.is_file()]
+    scenes = _Scenes(split, [needed[place] for place in missing])
+    groups = in_workers(scenes, workers)
+    for done, place in enumerate(missing, len(paths) - len(missing)):
+        if should_stop():
+            return None
+        report(done, len(needed))
+        encoded = [_encode_group(vae, group, device) for group in itertools.islice(groups, scenes.to_a_file)]
+        write_arrays(paths[place], **{name: torch.cat([group[name] for group in encoded]) for name in encoded[0]})
     found: dict[str, list[torch.Tensor]] = {}
     for path in paths:
         with np.load(path) as arrays:

@@ -123,7 +123,9 @@ def make_task(
     vae = shipped_vae().to(device) if options.stage == "dit" else trained_vae(options.runs, device)
     sets = []
     for split, count in (("dev", DEV_SCENES), ("train", options.scenes)):
-        latents = load_latents(options.runs / "latents", vae, split, count, holes, device, stop, reporter(split))
+        latents = load_latents(
+            options.runs / "latents", vae, split, count, holes, device, stop, reporter(split), settings.workers
+        )
         if latents is None:
             return None
         sets.append(latents)
