@@ -1,12 +1,13 @@
-"""Time and memory of one CFG step of a full-depth SD1.5-inpainting UNet: plain, PAIntA, RASG, both, SBC, and the literal forms;
-and of Noise Search's one search with the step that follows.
+"""Time and memory of one CFG step of a full-depth inpainting UNet, SD1.5's or SDXL's.
+
+Plain, PAIntA, RASG, both, SBC, the literal forms, and Noise Search's one search with the step that follows.
 
 Random weights: the cost does not depend on them. The literal forms do what the formulas of HD-Painter and its released code
 say: PAIntA with the N x N score matrix multiplied by c, RASG with the gradient through the whole UNet, both halves of CFG in
 one graph and weights that require gradients. Within one size the rows run in turn, round by round; times are medians.
 Memory is the greatest growth during a step over what is held before it.
 
-    python dev.py bench attention [--sizes 256 512] [--literal-up-to 256] [--rounds 3] [--json FILE]
+    python dev.py bench attention [--family SDXL] [--sizes 256 512] [--literal-up-to 256] [--rounds 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -134,6 +135,9 @@ def main() -> None:
     parser.add_argument(
         "--literal-up-to", type=int, help="greatest size for the literal forms (default: 256; on CUDA 512)"
     )
+    parser.add_argument(
+        "--family", choices=full_size.FAMILIES, default="SD1.5", help="default: SD1.5; SDXL has no literal forms"
+    )
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="rows to measure beside plain (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
@@ -144,16 +148,18 @@ def main() -> None:
     dtype = torch.float16 if cuda else torch.float32
     sizes = options.sizes or ([256, 512, 1024, 2048] if cuda else [256, 512])
     literal_up_to = options.literal_up_to if options.literal_up_to is not None else (512 if cuda else 256)
+    literal_up_to = literal_up_to if options.family == "SD1.5" else 0
     print(
-        f"{full_size.machine(device)}, {str(dtype).removeprefix('torch.')}; one CFG step of a full-depth SD1.5-inpainting UNet"
+        f"{full_size.machine(device)}, {str(dtype).removeprefix('torch.')}; "
+        f"one CFG step of a full-depth {options.family}-inpainting UNet"
     )
-    model = full_size.full_size_model(device, dtype, inpainting=True)
+    model = full_size.full_size_model(device, dtype, inpainting=True, family=options.family)
     results = []
     full_size.show_head()
     for size in sizes:
         # On CUDA each size picks its own kernels; on a CPU only the very first steps are slower.
         warm_up = cuda or size == sizes[0]
-        rows = variants(model, full_size.Scene(size, device), size <= literal_up_to)
+        rows = variants(model, full_size.Scene(size, device, options.family), size <= literal_up_to)
         rows = {name: step for name, step in rows.items() if name == "plain" or name in (options.variants or rows)}
         for row in full_size.compare(rows, options.rounds, warm_up, device, with_gradients=["literal RASG"]):
             results.append({"size": size, **row})

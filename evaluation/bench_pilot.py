@@ -1,4 +1,4 @@
-"""Time and memory of PILOT's passes on a full-depth SD1.5 UNet: ours, the literal form, and a conditional forward pass.
+"""Time and memory of PILOT's passes on a full-depth UNet: ours, the literal form, and a conditional forward pass.
 
 Random weights: the cost does not depend on them. A pass is one iteration of the optimiser: the conditional prediction, both
 losses, and their gradient with respect to the latent. The literal form does what the formulas and the released code say: both
@@ -6,7 +6,7 @@ halves of CFG in one graph through the whole UNet, weights that require gradient
 losses are ours is checked first. Within one size the rows run in turn, round by round; times are medians. Memory is the greatest
 growth during two passes over what is held before them. A picture has the released schedule: 100 passes and 100 guided steps.
 
-    python dev.py bench pilot [--sizes 256 512] [--literal-up-to 512] [--rounds 3] [--json FILE]
+    python dev.py bench pilot [--family SDXL] [--sizes 256 512] [--literal-up-to 512] [--rounds 3] [--json FILE]
 """
 
 from __future__ import annotations
@@ -147,10 +147,16 @@ def check_losses(model: Any, scene: Any, dtype: torch.dtype) -> None:
 
 
 def measure_size(
-    model: Any, size: int, with_literal: bool, rounds: int, device: torch.device, dtype: torch.dtype
+    model: Any,
+    size: int,
+    with_literal: bool,
+    rounds: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    family: str = "SD1.5",
 ) -> list[dict[str, Any]]:
     """A line for each row at one size: median seconds and MiB of a pass, and their ratios."""
-    scene = full_size.Scene(size, device)
+    scene = full_size.Scene(size, device, family)
     literal = Literal(model, scene)
     if with_literal:
         check_losses(model, scene, dtype)
@@ -200,17 +206,21 @@ def main() -> None:
         "--sizes", type=int, nargs="+", default=[256, 512], help="pixels of the side (default: 256 512)"
     )
     parser.add_argument("--literal-up-to", type=int, default=512, help="greatest size for the literal form")
+    parser.add_argument(
+        "--family", choices=full_size.FAMILIES, default="SD1.5", help="default: SD1.5; SDXL has no literal form"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args()
     device = comfy.model_management.get_torch_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    model = full_size.full_size_model(device, dtype, inpainting=False)
+    model = full_size.full_size_model(device, dtype, inpainting=False, family=options.family)
     where = f"{full_size.machine(device)}, {str(dtype).removeprefix('torch.')}"
     rows: list[dict[str, Any]] = []
     for size in options.sizes:
-        found = measure_size(model, size, size <= options.literal_up_to, options.rounds, device, dtype)
-        show_table(f"{where}; full-depth SD1.5 UNet, {size} pixels", found)
+        with_literal = options.family == "SD1.5" and size <= options.literal_up_to
+        found = measure_size(model, size, with_literal, options.rounds, device, dtype, options.family)
+        show_table(f"{where}; full-depth {options.family} UNet, {size} pixels", found)
         rows += found
     if options.json:
         options.json.write_text(json.dumps({"machine": where, "rows": rows}, indent=1))

@@ -1,9 +1,9 @@
 """What *Train Subject* says that it takes, on full-depth UNets of SD1.5 and SDXL, and what a step of it takes here.
 
-The first table is `step_memory`'s alone, in half precision: nothing is computed. The second trains SD1.5 on this machine, with
-random weights, two steps each, with PyTorch's own attention as on a GPU: growth of memory without the weights.
+The first table is `step_memory`'s alone, in half precision: nothing is computed. The second trains one of them on this machine,
+with random weights, two steps each, with PyTorch's own attention as on a GPU: growth of memory without the weights.
 
-    python dev.py bench tuning_memory [--sizes 512 768 1024] [--measure 256 512] [--json FILE]
+    python dev.py bench tuning_memory [--sizes 512 768 1024] [--family SDXL] [--measure 256 512] [--json FILE]
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def said(config: dict[str, Any], size: int, recompute: bool) -> dict[str, float]
     return {"step": step / GIB, "with the weights": (step + weights) / GIB}
 
 
-def measured(model: Any, size: int, recompute: bool, device: torch.device) -> dict[str, float]:
+def measured(model: Any, size: int, recompute: bool, device: torch.device, pooled: int) -> dict[str, float]:
     """GiB that two steps take here beside the weights, and what is said of them."""
     side, width = size // 8, model.model.model_config.unet_config["context_dim"]
-    prompt = [[torch.randn(1, TOKENS, width), {"pooled_output": None}]]
+    prompt = [[torch.randn(1, TOKENS, width), {"pooled_output": torch.randn(1, pooled)}]]
     latent, masks = torch.randn(1, 4, side, side), torch.ones(1, 1, side, side)
     example = Example(latent=latent, masks=masks, concat=[], prompts=[prompt])
     tuner = Tuner(model, Tuning(steps=2, accumulate=1, recompute=recompute))
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[512, 768, 1024], help="pixels of the side, for the first table"
     )
+    parser.add_argument("--family", choices=FAMILIES, default="SD1.5", help="for the second (default: SD1.5)")
     parser.add_argument("--measure", type=int, nargs="*", default=[256, 512], help="likewise, for the second")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args()
@@ -82,13 +83,14 @@ def main() -> None:
     attention: Any = comfy.ldm.modules.attention
     attention.optimized_attention = attention.attention_pytorch
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    model = full_size.full_size_model(device, dtype, inpainting=False) if options.measure else None
+    family, pooled = options.family, full_size.FAMILIES[options.family][2]
+    model = full_size.full_size_model(device, dtype, inpainting=False, family=family) if options.measure else None
     here = [
-        {"pixels": size, "save_memory": saved, **measured(model, size, recompute, device)}
+        {"pixels": size, "save_memory": saved, **measured(model, size, recompute, device, pooled)}
         for size in options.measure
         for saved, recompute in SAVED.items()
     ]
-    show_table(f"{full_size.machine(device)}; GiB of a step of SD1.5, {str(dtype).removeprefix('torch.')}", here)
+    show_table(f"{full_size.machine(device)}; GiB of a step of {family}, {str(dtype).removeprefix('torch.')}", here)
     if options.json:
         options.json.write_text(
             json.dumps({"machine": full_size.machine(device), "said": rows, "here": here}, indent=1)

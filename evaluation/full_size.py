@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import comfy.model_base
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
@@ -84,14 +83,19 @@ X4_VAE = {
 """The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels."""
 
 
-def full_size_model(device: torch.device, dtype: torch.dtype, inpainting: bool) -> comfy.model_patcher.ModelPatcher:
-    """SD1.5's UNet, 860 million weights; 9 channels in if `inpainting`, else 4."""
-    config = comfy.supported_models.SD15({**SD15, "in_channels": 9 if inpainting else 4})
+FAMILIES = {"SD1.5": (comfy.supported_models.SD15, SD15, 768), "SDXL": (comfy.supported_models.SDXL, SDXL, 1280)}
+"""The host's class, its configuration, and the width of a pooled prompt."""
+
+
+def full_size_model(
+    device: torch.device, dtype: torch.dtype, inpainting: bool, family: str = "SD1.5"
+) -> comfy.model_patcher.ModelPatcher:
+    """SD1.5's UNet, 860 million weights, or SDXL's, 2570 million; 9 channels in if `inpainting`, else 4."""
+    config_class, unet, _ = FAMILIES[family]
+    config = config_class({**unet, "in_channels": 9 if inpainting else 4})
     config.set_inference_dtype(dtype, None)
     with torch.device(device):
-        model = comfy.model_base.BaseModel(config)
-    if inpainting:
-        model.set_inpaint()
+        model = config.get_model({})
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.diffusion_model.parameters():
         bound = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
@@ -102,8 +106,9 @@ def full_size_model(device: torch.device, dtype: torch.dtype, inpainting: bool) 
 class Scene:
     """One picture of `size` pixels with a square hole of a quarter of its area, and two prompts."""
 
-    def __init__(self, size: int, device: torch.device):
+    def __init__(self, size: int, device: torch.device, family: str = "SD1.5"):
         cells = size // 8
+        _, unet, pooled = FAMILIES[family]
         generator = torch.Generator().manual_seed(1)
         self.latent = torch.randn(1, 4, cells, cells, generator=generator)
         self.noise = torch.randn(1, 4, cells, cells, generator=generator)
@@ -115,13 +120,13 @@ class Scene:
         self.sides = []
         for _ in range(2):
             options = {
-                "pooled_output": torch.randn(1, 768, generator=generator),
+                "pooled_output": torch.randn(1, pooled, generator=generator),
                 # For inpainting models; others leave it.
                 "concat_latent_image": self.latent,
                 "concat_mask": self.hole,
                 "truefill_prompt_tokens": tokens,
             }
-            self.sides.append([[torch.randn(1, 77, 768, generator=generator), options]])
+            self.sides.append([[torch.randn(1, 77, unet["context_dim"], generator=generator), options]])
 
     def sample(
         self,
