@@ -12,6 +12,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from comfy.model_patcher import ModelPatcher
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -105,6 +106,12 @@ def recomputed(unet: torch.nn.Module, copies: bool) -> Iterator[None]:
     The backward pass has to happen within it, too. `copies` keeps copies of the inputs, where code between the blocks may write
     into them.
     """
+    device = next((weight.device for weight in unet.parameters() if weight.is_cuda), None)
+    if device is not None:
+        # The first attention of a process makes PyTorch put cuDNN's first on some GPUs (H100), whatever order the host has set
+        # for that call: a block that had it would run again with another kernel, whose results don't fit.
+        some = torch.zeros(1, 1, 8, 64, dtype=torch.float16, device=device)
+        scaled_dot_product_attention(some, some, some)
     blocks = [module for module in unet.modules() if isinstance(module, (ResBlock, SpatialTransformer))]
     own = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:

@@ -21,11 +21,12 @@ import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, Upsample
-from comfy.model_patcher import CoreModelPatcher, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...weights.files import differing
 from ...weights.painternet import BranchPlan, BranchWeights
+from ..core.operations import in_memory
 from ..core.refusals import refuse_copy
 from ..core.unet_attention import Place, add_patch, transformer_places
 
@@ -163,14 +164,19 @@ def _adding(scale: float, feature: torch.Tensor) -> Callable[[nn.Module, Any, to
 
 
 def branch_model(weights: BranchWeights) -> ModelPatcher:
-    """A file's branch as a model of the host. Raises ValueError for tensors that don't fit each other."""
+    """A file's branch as a model of the host, whose weights stay where they are between a forward and its backward pass.
+
+    Raises ValueError for tensors that don't fit each other.
+    """
     dtype = next(iter(weights.unet.values())).dtype
     offload = comfy.model_management.unet_offload_device()
     has_attention_points = bool(weights.attention_points)
-    network = BranchNetwork(weights.plan, has_attention_points, comfy.ops.manual_cast, dtype=dtype, device=offload)
+    network = BranchNetwork(
+        weights.plan, has_attention_points, in_memory(comfy.ops.manual_cast), dtype=dtype, device=offload
+    )
     load_weights(network, weights)
     load = comfy.model_management.get_torch_device()
-    patcher = CoreModelPatcher(network.eval(), load_device=load, offload_device=offload)
+    patcher = ModelPatcher(network.eval(), load_device=load, offload_device=offload)
     # What the host calls for a copy on another GPU.
     patcher.cached_patcher_init = (refuse_copy, ("Apply Branch",))
     return patcher

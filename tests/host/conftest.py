@@ -12,7 +12,7 @@ from devtools.client import Client
 from devtools.pack import host_path
 from devtools.server import Server
 from truefill_testing.checkpoints import FAMILIES, checkpoint, models_folder
-from truefill_testing.stand_ins import SMALL_CLIP_H, SMALL_SAM3, SMALL_TRANSFORMERS
+from truefill_testing.stand_ins import LAZY_WEIGHTS, SMALL_CLIP_H, SMALL_SAM3, SMALL_TRANSFORMERS
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +24,13 @@ def comfyui() -> Iterator[Server]:
     checkpoint("x4", inpainting=False)
     # Before ComfyUI knew SAM 3 there is nothing to make smaller.
     further = [SMALL_SAM3] if (host_path() / "comfy" / "ldm" / "sam3").is_dir() else []
+    # As most people have it. The demo, the browser's tests and the rest are with weights that are there at once.
     # People unpack the pack into folders of all kinds of names.
     with Server(
         host_path(),
         Path(sys.executable),
         pack_folder="ComfyUI-TrueFill main (1)",
-        beside=[SMALL_CLIP_H, *further, SMALL_TRANSFORMERS],
+        beside=[LAZY_WEIGHTS, SMALL_CLIP_H, *further, SMALL_TRANSFORMERS],
         models=[models_folder()],
         log_name="test-server",
     ) as server:

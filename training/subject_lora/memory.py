@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ...model_patches.core.autograd import gradients_enabled, recomputed
+from ...model_patches.core.operations import in_memory
 from .adapters import attached, fresh_adapters
 
 
@@ -82,7 +83,7 @@ def step_memory(
     """
     config = model.model_config.unet_config
     dtype = model.get_dtype_inference()
-    operations = comfy.ops.disable_weight_init if model.manual_cast_dtype is None else comfy.ops.manual_cast
+    operations = in_memory(comfy.ops.disable_weight_init if model.manual_cast_dtype is None else comfy.ops.manual_cast)
     with gradients_enabled():
         unet = type(model.diffusion_model)(**{**config, "device": "meta"}, operations=operations).requires_grad_(False)
         adapters = {name: of.to("meta") for name, of in fresh_adapters(unet, rank, outputs, seed=0).items()}

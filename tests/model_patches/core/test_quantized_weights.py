@@ -62,7 +62,7 @@ def quantized(patcher: Any, form: str) -> None:
             )
             state[f"{name}.weight_scale"], state[f"{name}.comfy_quant"] = scale, said
     config.quant_config = {"mixed_ops": True}
-    operations = comfy.ops.pick_operations(torch.float32, torch.float32, torch.device("cpu"), model_config=config)
+    operations = comfy.ops.pick_operations(torch.float32, torch.float32, patcher.load_device, model_config=config)
     # The host loads everything there.
     with torch.inference_mode():
         made = type(unet)(**config.unet_config, operations=operations)

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import comfy.controlnet
 import comfy.latent_formats
+import comfy.memory_management
 import comfy.ops
 import comfy.sd
 import comfy.text_encoders.flux
@@ -44,6 +46,11 @@ _LOAD_MODEL, _LOAD_CLIP = comfy.sd.load_diffusion_model, comfy.sd.load_clip
 _LOAD_CONTROLNET, _INIT_VAE = comfy.controlnet.load_controlnet, comfy.sd.VAE.__init__
 
 
+def _in_memory() -> Any:
+    """Within it the host's layers have weights at once, as these networks need, which no file fills."""
+    return mock.patch.object(comfy.memory_management, "aimdo_enabled", False, create=True)
+
+
 class SmallClip:
     """The host's CLIP interface: the family's tokenizer, and a random embedding for each token."""
 
@@ -70,7 +77,8 @@ def _load_model(unet_path: str, *args: Any, **kwargs: Any) -> Any:
         return _LOAD_MODEL(unet_path, *args, **kwargs)
     from truefill_testing.small_transformers import small_transformer
 
-    return small_transformer(TRANSFORMERS[path.name])
+    with _in_memory():
+        return small_transformer(TRANSFORMERS[path.name])
 
 
 @functools.wraps(_LOAD_CLIP)
@@ -89,8 +97,10 @@ def _load_controlnet(ckpt_path: str, *args: Any, **kwargs: Any) -> Any:
     from truefill_testing.small_transformers import small_transformer
 
     cpu = torch.device("cpu")
-    config = {**small_transformer("qwen_image").model.model_config.unet_config, "dtype": torch.float32, "device": cpu}
-    network = QwenImageControlNetModel(4, operations=comfy.ops.disable_weight_init, **config)
+    with _in_memory():
+        like = small_transformer("qwen_image").model.model_config.unet_config
+        operations = comfy.ops.disable_weight_init
+        network = QwenImageControlNetModel(4, operations=operations, **{**like, "dtype": torch.float32, "device": cpu})
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         parameter.data.normal_(0.0, 0.1, generator=generator)

@@ -34,6 +34,8 @@ SMALL_CLIP_H = ROOT / "tests" / "support" / "small_clip_h"
 """Likewise."""
 SMALL_TRANSFORMERS = ROOT / "tests" / "support" / "small_transformers"
 """Likewise, for files that are empty."""
+LAZY_WEIGHTS = ROOT / "tests" / "support" / "lazy_weights"
+"""A pack for the server: weights as ComfyUI has them on an NVIDIA GPU by default."""
 SLOW_NODE = ROOT / "evaluation" / "slow_node"
 """A pack for the server: a node that takes its time and no processor."""
 EMPTY = (
