@@ -19,6 +19,7 @@ from .token_layout import TokenLayout
 
 LAYERS = ("all", "alternate", "first half", "second half")
 """In which blocks a method acts; "alternate" is the second, the fourth and so on."""
+_SCORES_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,18 +53,19 @@ class TextAttention:
         `tokens` bool [1 or rows, n], the first n of the text. Softmax over the text, sum over `tokens`, mean over heads.
         """
         query, key = self.q[rows], self.k[rows]
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        if (shared := query.shape[1] // key.shape[1]) > 1:
+            key = key.repeat_interleave(shared, dim=1)
         chosen = torch.zeros(len(tokens), key.shape[2], device=query.device, dtype=torch.bool)
         chosen[:, : tokens.shape[1]] = tokens
         mask = None if self.mask is None else self.mask[rows if len(self.mask) > 1 else slice(None)]
         total = None
-        for head in range(query.shape[1]):
-            scores = full_precision(query[:, head]) @ full_precision(key[:, head]).transpose(-1, -2) * self.scale
+        # A few heads at a time: one by one they would keep a GPU waiting for its next small task.
+        at_once = max(1, _SCORES_AT_ONCE // (len(query) * query.shape[2] * key.shape[2]))
+        for q, k in zip(query.split(at_once, dim=1), key.split(at_once, dim=1), strict=True):
+            scores = full_precision(q) @ full_precision(k).transpose(-1, -2) * self.scale
             if mask is not None:
-                scores = (
-                    scores.masked_fill(~mask[:, 0], -torch.inf) if mask.dtype == torch.bool else scores + mask[:, 0]
-                )
-            paid = (scores.softmax(dim=-1) * chosen[:, None]).sum(dim=-1)
+                scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+            paid = (scores.softmax(dim=-1) * chosen[:, None, None]).sum(dim=(1, -1))
             total = paid if total is None else total + paid
         assert total is not None
         return total / query.shape[1]

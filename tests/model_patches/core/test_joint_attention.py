@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ ensure_host()
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 
+joint = pack_module("model_patches.core.joint_attention")
 sampling_run = pack_module("model_patches.core.sampling_run")
 PAIntA = pack_module("model_patches.hd_painter.painta").PAIntA
 RASG = pack_module("model_patches.hd_painter.rasg").RASG
@@ -410,3 +412,24 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     expected, rounded = (of.host(with_boundary(of, with_painta(of)), steps=1) for of in (exact, scene))
     hosts_own = relative_error(scene.host(steps=1), exact.host(steps=1))
     assert relative_error(rounded, expected) < 5 * hosts_own
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("at_once", [1, 2 * 3 * 9 * 5, 2**22])
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+def test_how_the_text_is_read_does_not_depend_on_how_many_heads_fit(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, mask: str | None
+) -> None:
+    monkeypatch.setattr(joint, "_SCORES_AT_ONCE", at_once)
+    generator = torch.Generator().manual_seed(3)
+    q, k = (torch.randn(2, heads, n, 4, generator=generator).double() for heads, n in ((6, 9), (3, 5)))
+    seen = torch.tensor([True, True, False, True, True]).view(1, 1, 1, 5)
+    added = torch.where(seen, 0.0, -torch.inf).double()
+    words = torch.tensor([[False, True, True], [True, False, False]])
+    masks = {None: None, "bool": seen, "added": added}
+    reading = joint.TextAttention(q=q, k=k, number=0, scale=0.5, mask=masks[mask])
+    expected = torch.zeros(2, 9, dtype=torch.float64)
+    for row, head in itertools.product(range(2), range(6)):
+        scores = 0.5 * q[row, head] @ k[row, head // 2].T + (added.view(1, 5) if mask else 0.0)
+        expected[row] += scores.softmax(-1)[:, :3][:, words[row]].sum(-1) / 6
+    torch.testing.assert_close(reading.paid_to(slice(None), words), expected)
