@@ -306,7 +306,6 @@ def test_strength_0_and_an_empty_mask_are_no_node(family: str, method: Callable[
     assert torch.equal(scene.host(method(scene, method(scene), strength=0.0)), plain)
 
 
-@pytest.mark.quick
 def test_nothing_stays_behind_and_a_run_repeats() -> None:
     scene = JointScene("flux")
     plain, model = scene.host(), with_boundary(scene, with_painta(scene))
@@ -327,7 +326,6 @@ class Recorded:
         return chosen(*args[:4], **kwargs)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("family", ["flux", "sd3", "anima"])
 def test_another_packs_attention_does_the_work(family: str) -> None:
     scene = JointScene(family)
@@ -342,7 +340,6 @@ def test_another_packs_attention_does_the_work(family: str) -> None:
     assert max(recorded.queries) == (42 if family == "anima" else 9 + 42) and min(recorded.queries) < 42
 
 
-@pytest.mark.quick
 def test_a_pack_that_changes_the_number_of_tokens_gets_a_sentence() -> None:
     scene = JointScene("flux")
 
@@ -355,7 +352,6 @@ def test_a_pack_that_changes_the_number_of_tokens_gets_a_sentence() -> None:
         scene.host(model)
 
 
-@pytest.mark.quick
 def test_painta_needs_to_know_the_words() -> None:
     scene = JointScene("z_image")
     del scene.positive[0][1][TOKENS_KEY]
@@ -364,14 +360,12 @@ def test_painta_needs_to_know_the_words() -> None:
         scene.host(with_painta(scene))
 
 
-@pytest.mark.quick
 def test_a_prompt_that_says_nothing_weakens_nothing() -> None:
     scene = JointScene("flux")
     scene.positive[0][1][TOKENS_KEY] = torch.zeros(1, 9, dtype=torch.long)
     assert relative_error(scene.host(with_painta(scene)), scene.host()) < TOLERANCE
 
 
-@pytest.mark.quick
 def test_frames_and_merged_tokens_get_a_sentence() -> None:
     scene = JointScene("wan", hole=two_holes()[:1])
     model = with_boundary(scene)
@@ -388,7 +382,6 @@ def test_frames_and_merged_tokens_get_a_sentence() -> None:
         scene.host(model)
 
 
-@pytest.mark.quick
 def test_models_and_inputs_that_are_not_known_get_a_sentence() -> None:
     scene = JointScene("z_image")
     scene.positive[0][1]["reference_latents"] = [scene.latent[:1]]
@@ -414,7 +407,6 @@ def test_half_precision(family: str, dtype: torch.dtype) -> None:
     assert relative_error(rounded, expected) < 5 * hosts_own
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("at_once", [1, 2 * 3 * 9 * 5, 2**22])
 @pytest.mark.parametrize("mask", [None, "bool", "added"])
 def test_how_the_text_is_read_does_not_depend_on_how_many_heads_fit(

@@ -37,7 +37,6 @@ def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this ComfyUI's layers have weights at once")
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("kind", OPERATIONS)
 def test_layers_have_weights_and_do_what_the_hosts_do(lazy: None, kind: str) -> None:
     operations = in_memory(OPERATIONS[kind])
@@ -55,7 +54,6 @@ def test_layers_have_weights_and_do_what_the_hosts_do(lazy: None, kind: str) -> 
     assert torch.equal(embedding(torch.tensor([3, 1])), rows[[3, 1]])
 
 
-@pytest.mark.quick
 def test_a_branch_is_loaded_and_stays(lazy: None) -> None:
     weights = readers.branch_weights(random_branch(SMALL["sd15"], 3), "a file", 16)
     model = network.branch_model(weights)
