@@ -1,6 +1,7 @@
 // The view on the node Compare (TrueFill): before and after with a divider, the mask's outline, the heat map.
 import { app } from '../../scripts/app.js'
 import { addStyle, addView, address, button, forwardToCanvas, maker, nodeAt, point } from './dom.js'
+import { readTexts, text } from './texts.js'
 
 const NODE = 'TrueFillCompare'
 const START_SIZE = [420, 500]
@@ -17,8 +18,6 @@ const STEPS = {
   Home: -100,
   End: 100
 }
-const RUN_FIRST = 'Run the workflow: before and after appear here.'
-const RUN_AGAIN = 'The pictures of the last run are gone from the server. Run the workflow again.'
 
 const STYLE = `
 .truefill-compare { --split: 50%; display: flex; flex-direction: column; gap: 6px; box-sizing: border-box; width: 100%;
@@ -111,16 +110,14 @@ class CompareView {
   }
 
   buildBar() {
-    this.sliderButton = button('before | after', 'Both pictures, with a divider to drag', () => this.setView(false))
-    this.heatButton = button('difference', 'Black: the same. Violet to pale yellow: a small to a large change', () =>
-      this.setView(true)
-    )
-    this.maskButton = button('mask', "The mask's outline", () => this.toggleMask())
-    this.previous = button('\u2039', 'Previous picture', () => this.step(-1), 'previous picture')
-    this.next = button('\u203a', 'Next picture', () => this.step(1), 'next picture')
+    this.sliderButton = button(text('slider'), text('slider_title'), () => this.setView(false))
+    this.heatButton = button(text('difference'), text('difference_title'), () => this.setView(true))
+    this.maskButton = button(text('mask'), text('mask_outline'), () => this.toggleMask())
+    this.previous = button('\u2039', text('previous_picture'), () => this.step(-1), text('previous_picture'))
+    this.next = button('\u203a', text('next_picture'), () => this.step(1), text('next_picture'))
     this.place = make('span', 'place')
     this.batch = make('div', 'batch', {}, this.previous, this.place, this.next)
-    const views = make('div', 'views', { role: 'group', 'aria-label': 'View' }, this.sliderButton, this.heatButton)
+    const views = make('div', 'views', { role: 'group', 'aria-label': text('view') }, this.sliderButton, this.heatButton)
     this.bar = make('div', 'bar', {}, views, this.maskButton, this.batch)
     // To the editor these are shortcuts.
     this.bar.addEventListener('keydown', (event) => {
@@ -129,19 +126,19 @@ class CompareView {
   }
 
   buildStage() {
-    this.before = picture('before')
-    this.after = picture('after')
-    this.heat = picture('heat')
+    this.before = picture(text('before'))
+    this.after = picture(text('after'))
+    this.heat = picture(text('difference'))
     this.outline = make('canvas')
     this.divider = make('div', 'divider', {
       role: 'slider',
       tabIndex: 0,
-      'aria-label': 'Divider between before and after',
+      'aria-label': text('divider'),
       'aria-valuemin': 0,
       'aria-valuemax': 100
     })
-    const after = make('div', 'after', {}, this.after, make('span', '', { textContent: 'after' }))
-    const before = make('div', 'before', {}, this.before, make('span', '', { textContent: 'before' }))
+    const after = make('div', 'after', {}, this.after, make('span', '', { textContent: text('after') }))
+    const before = make('div', 'before', {}, this.before, make('span', '', { textContent: text('before') }))
     this.sides = [after, before, this.divider]
     this.stage = make('div', 'stage', {}, after, before, this.heat, this.outline, this.divider)
     this.before.addEventListener('load', () => this.fit())
@@ -188,7 +185,7 @@ class CompareView {
 
   render() {
     const frame = this.frames[this.index]
-    this.hint.textContent = RUN_FIRST
+    this.hint.textContent = text('compare_run_first')
     this.hint.hidden = !!frame
     this.stage.hidden = !frame
     this.stage.dataset.view = this.heatShown ? 'heat' : 'slider'
@@ -238,7 +235,7 @@ class CompareView {
   }
 
   giveUp() {
-    this.hint.textContent = RUN_AGAIN
+    this.hint.textContent = text('compare_gone')
     this.hint.hidden = false
     this.stage.hidden = true
   }
@@ -278,6 +275,7 @@ addStyle(STYLE)
 
 app.registerExtension({
   name: 'truefill.compare',
+  init: readTexts,
   nodeCreated(node) {
     if (node.comfyClass === NODE) addComparison(node)
   },

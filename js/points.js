@@ -1,6 +1,7 @@
 // The editor on Segment and Points (TrueFill): click on the picture instead of writing coordinates.
 import { app } from '../../scripts/app.js'
 import { addStyle, addView, address, button, forwardToCanvas, maker, nodeAt, point } from './dom.js'
+import { readTexts, text } from './texts.js'
 
 const NODES = ['TrueFillSegment', 'TrueFillPoints']
 /** ComfyUI's nodes whose widget `image` names the file that they show. */
@@ -17,11 +18,6 @@ const DRAG = 5
 const NEAR = 8
 const ZOOM = { step: 1.25, most: 16 }
 const NUDGES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
-const RUN_FIRST = 'Connect Load Image, or run the workflow: the picture appears here.'
-const RUN_AGAIN = 'The picture is gone from the server. Run the workflow again.'
-const HELP =
-  'Click: include. Shift or right click: exclude. Drag: box. Click on a mark: remove it. Wheel, + and -: zoom, 0: all. ' +
-  'Arrows: move the last mark. Delete: remove it. Ctrl+Z: undo.'
 
 const STYLE = `
 .truefill-points { display: flex; flex-direction: column; gap: 6px; box-sizing: border-box; width: 100%; min-width: 0;
@@ -57,11 +53,11 @@ const STYLE = `
 
 const make = maker('truefill-points')
 
-/** The list that a widget's text holds; null where it holds something else. */
-function parsed(text) {
-  if (!text?.trim()) return []
+/** The list that a widget's value holds; null where it holds something else. */
+function parsed(value) {
+  if (!value?.trim()) return []
   try {
-    const found = JSON.parse(text)
+    const found = JSON.parse(value)
     return Array.isArray(found) ? found : null
   } catch {
     return null
@@ -110,9 +106,10 @@ class PointsEditor {
   }
 
   buildBar() {
-    this.undoButton = button('undo', 'Take the last change back (Ctrl+Z)', () => this.undo())
-    this.clearButton = button('clear', 'Remove all points and boxes', () => this.change({ include: [], exclude: [], drawn: [] }))
-    this.maskButton = button('mask', "The mask of the last run, over the picture", () => {
+    const nothing = { include: [], exclude: [], drawn: [] }
+    this.undoButton = button(text('undo'), text('undo_title'), () => this.undo())
+    this.clearButton = button(text('clear'), text('clear_title'), () => this.change(nothing))
+    this.maskButton = button(text('mask'), text('mask_over_picture'), () => {
       this.maskShown = !this.maskShown
       this.render()
     })
@@ -124,14 +121,14 @@ class PointsEditor {
   }
 
   buildStage() {
-    this.picture = make('img', '', { alt: 'picture', draggable: false })
+    this.picture = make('img', '', { alt: text('picture'), draggable: false })
     this.mask = make('div', 'mask')
     this.marks = make('div', 'marks')
     this.stage = make('div', 'stage', {
       tabIndex: 0,
-      title: HELP,
+      title: text('points_help'),
       role: 'application',
-      'aria-label': HELP,
+      'aria-label': text('points_help'),
       // Nodes 2.0 leaves the wheel to what has the focus and says so.
       'data-capture-wheel': 'true'
     })
@@ -170,11 +167,11 @@ class PointsEditor {
     this.render()
   }
 
-  write(name, text) {
+  write(name, value) {
     const widget = this.field(name)
-    if (!widget || widget.value === text) return
-    widget.value = text
-    widget.callback?.(text)
+    if (!widget || widget.value === value) return
+    widget.value = value
+    widget.callback?.(value)
     this.node.setDirtyCanvas?.(true, true)
     const tracker = app.extensionManager?.workflow?.activeWorkflow?.changeTracker
     // Its older name is checkState.
@@ -228,7 +225,7 @@ class PointsEditor {
   render() {
     point(this.picture, this.source)
     const loaded = !!this.source && this.picture.complete && this.picture.naturalWidth > 0
-    this.hint.textContent = RUN_FIRST
+    this.hint.textContent = text('points_run_first')
     this.hint.hidden = !!this.source
     this.stage.hidden = !this.source
     // A mask belongs to the picture of its run.
@@ -270,7 +267,7 @@ class PointsEditor {
   }
 
   giveUp() {
-    this.hint.textContent = RUN_AGAIN
+    this.hint.textContent = text('points_gone')
     this.hint.hidden = false
     this.stage.hidden = true
   }
@@ -427,6 +424,7 @@ addStyle(STYLE)
 
 app.registerExtension({
   name: 'truefill.points',
+  init: readTexts,
   nodeCreated(node) {
     if (NODES.includes(node.comfyClass)) addEditor(node)
   },
@@ -439,7 +437,7 @@ app.registerExtension({
     if (!LOADERS.includes(loader?.comfyClass)) return []
     return [
       {
-        content: 'Open the picture in MaskEditor',
+        content: text('open_mask_editor'),
         callback: () => {
           app.canvas.selectItems([loader])
           app.extensionManager.command.execute('Comfy.MaskEditor.OpenMaskEditor')

@@ -104,3 +104,27 @@ def test_choices_that_a_text_explains_are_called_as_in_the_list(
                     assert choice in theirs[node, "inputs", name, "tooltip"], (node, name, choice)
                     explained += 1
     assert explained > 30
+
+
+def view_texts(language: str) -> dict[str, str]:
+    return json.loads((ROOT / "js" / "texts" / f"{language}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.quick
+def test_the_views_texts_are_those_that_they_ask_for() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "js").glob("*.js"))
+    assert set(re.findall(r"\btext\('(\w+)'\)", source)) == view_texts("en").keys()
+    (known,) = re.findall(r"LANGUAGES = \[ENGLISH, (.*)\]", source)
+    assert sorted(re.findall(r"'([\w-]+)'", known)) == sorted(LANGUAGES)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_views_texts(language: str) -> None:
+    ours, theirs = view_texts("en"), view_texts(language)
+    assert theirs.keys() == ours.keys()
+    for name, text in theirs.items():
+        assert text.strip() and text != ours[name], name
+        assert numbers(text) == numbers(ours[name]), name
+        if "Z)" in ours[name] or "+Z" in ours[name]:
+            assert "+Z" in text, name

@@ -185,11 +185,11 @@ async function play(page, shape, job, prefix) {
   await step('difference')
   // There is no divider to move now.
   await page.mouse.click(left + 0.5 * width, top + 0.5 * height)
-  await press(page, 'next picture')
+  await press(page, 'Next picture')
   await step('difference-next')
   await press(page, 'before | after')
   await step('next')
-  await press(page, 'previous picture')
+  await press(page, 'Previous picture')
   await step('back')
   return steps
 }

@@ -1,5 +1,6 @@
 // A page with the editor, for the drivers of this folder's tests: `node <driver>.cjs '<job>'`.
-// A job has at least {"address", "chromium", "nodes2", "pictures"}: of ComfyUI, of the browser, the mode, and where screenshots go.
+// A job has at least {"address", "chromium", "nodes2", "pictures"}: of ComfyUI, of the browser, the mode, and where screenshots go;
+// and may have the "language" of the editor.
 'use strict'
 
 const path = require('node:path')
@@ -50,6 +51,7 @@ async function drive(scenario) {
     'Comfy.TutorialCompleted': true,
     'Comfy.InstalledVersion': '99.0.0',
     'Comfy.VueNodes.Enabled': job.nodes2,
+    'Comfy.Locale': job.language ?? 'en',
     // An earlier page may have left it open.
     'Comfy.RightSidePanel.IsOpen': false
   })

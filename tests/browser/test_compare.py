@@ -144,8 +144,8 @@ def test_a_batch_is_shown_picture_by_picture(seen: dict[str, Any], shape: str) -
     )
     assert first[1].startswith(f"Inside the mask: {inside:,} of {inside:,} pixels changed (100 %), max 200")
     assert [line.partition(": ")[2].startswith("none of ") for line in second] == [True, True]
-    assert "next picture" in seen["run"]["enabled"] and "previous picture" not in seen["run"]["enabled"]
-    assert "previous picture" in seen["next"]["enabled"] and "next picture" not in seen["next"]["enabled"]
+    assert "Next picture" in seen["run"]["enabled"] and "Previous picture" not in seen["run"]["enabled"]
+    assert "Previous picture" in seen["next"]["enabled"] and "Next picture" not in seen["next"]["enabled"]
     assert sides(seen["next"]) == ["before"] * 8
     assert pixels(seen["difference-next"]).max() <= 2
     assert sides(seen["back"]) == ["after"] * 8
