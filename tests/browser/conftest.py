@@ -70,7 +70,8 @@ def drive(chromium: str) -> Callable[..., dict[str, Any]]:
 
     def run(driver: str, server: Server, mode: str, **job: Any) -> dict[str, Any]:
         PICTURES.mkdir(parents=True, exist_ok=True)
-        always = {"address": server.address, "chromium": chromium, "pictures": str(PICTURES)}
+        unseen = os.environ.get("CI", "").lower() == "true"
+        always = {"address": server.address, "chromium": chromium, "pictures": str(PICTURES), "unseen": unseen}
         command = [
             "node",
             str(Path(__file__).with_name(driver)),

@@ -25,7 +25,7 @@ def scene(monkeypatch: pytest.MonkeyPatch) -> Any:
     found = full_size.Scene(128, CPU)
     for side in found.sides:
         side[0][0] = side[0][0][..., : CONTEXT_DIM["sd15"]]
-    monkeypatch.setattr(full_size, "Scene", lambda size, device: found)
+    monkeypatch.setattr(full_size, "Scene", lambda *_: found)
     return found
 
 
