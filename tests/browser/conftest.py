@@ -70,8 +70,7 @@ def drive(chromium: str) -> Callable[..., dict[str, Any]]:
 
     def run(driver: str, server: Server, mode: str, **job: Any) -> dict[str, Any]:
         PICTURES.mkdir(parents=True, exist_ok=True)
-        unseen = os.environ.get("CI", "").lower() == "true"
-        always = {"address": server.address, "chromium": chromium, "pictures": str(PICTURES), "unseen": unseen}
+        always = {"address": server.address, "chromium": chromium, "pictures": str(PICTURES)}
         command = [
             "node",
             str(Path(__file__).with_name(driver)),

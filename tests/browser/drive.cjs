@@ -1,5 +1,4 @@
-// Drives the editor in chromium for test_editor.py (page.cjs says how): a job has "graphs": [{"name", "file", "id", "changes"}] and "help",
-// and where it is "unseen" takes no pictures, for nobody will look at them.
+// Drives the editor in chromium for test_editor.py (page.cjs says how): a job has "graphs": [{"name", "file", "id", "changes"}] and "help".
 // Drops each graph's file on the canvas as a person would, where there are `changes` (node type, widget, value) sets these widgets
 // and runs it, then opens the help pages of some node types. What is seen goes to standard output as JSON; whether that is right is
 // for the tests to say.
@@ -120,7 +119,6 @@ async function help(page, type) {
 
 main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
-  const keep = async (name) => job.unseen || (await page.screenshot({ path: `${name}.png` }))
   report.graphs = {}
   let ran = false
   for (const { name, file, id, changes } of job.graphs) {
@@ -148,20 +146,20 @@ main(async (page, job, report) => {
     const picture = `${job.pictures}/${name}-${mode}`
     const found = await page.evaluate(seen)
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
-    await keep(picture)
+    await page.screenshot({ path: `${picture}.png` })
     if (changes) {
       const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
       found.result = await run(page, changes, job.nodes2)
       ran = true
       await drawn(page)
-      await keep(`${picture}-result`)
+      await page.screenshot({ path: `${picture}-result.png` })
       await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
     }
     if (job.help && name === job.graphs.at(-1).name) {
       report.help = {}
       for (const type of job.help) {
         report.help[type] = await help(page, type)
-        await keep(`${job.pictures}/help-${type}-${mode}`)
+        await page.screenshot({ path: `${job.pictures}/help-${type}-${mode}.png` })
       }
     }
     report.graphs[name] = found
