@@ -159,7 +159,7 @@ def main() -> None:
     for size in sizes:
         # On CUDA each size picks its own kernels; on a CPU only the very first steps are slower.
         warm_up = cuda or size == sizes[0]
-        rows = variants(model, full_size.Scene(size, device, options.family), size <= literal_up_to)
+        rows = variants(model, full_size.Scene(size, options.family), size <= literal_up_to)
         rows = {name: step for name, step in rows.items() if name == "plain" or name in (options.variants or rows)}
         for row in full_size.compare(rows, options.rounds, warm_up, device, with_gradients=["literal RASG"]):
             results.append({"size": size, **row})

@@ -290,7 +290,7 @@ def speed(options: argparse.Namespace) -> list[dict[str, Any]]:
     device = comfy.model_management.get_torch_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     model = full_size.full_size_model(device, dtype, inpainting=False)
-    scene = full_size.Scene(options.size, device)
+    scene = full_size.Scene(options.size)
     picture = torch.rand(1, options.size, options.size, 3, generator=torch.Generator().manual_seed(2))
     mask = torch.zeros(1, 1, options.size, options.size)
     mask[..., : options.size // 2, : options.size // 2] = 1.0

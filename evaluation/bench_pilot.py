@@ -156,7 +156,7 @@ def measure_size(
     family: str = "SD1.5",
 ) -> list[dict[str, Any]]:
     """A line for each row at one size: median seconds and MiB of a pass, and their ratios."""
-    scene = full_size.Scene(size, device, family)
+    scene = full_size.Scene(size, family)
     literal = Literal(model, scene)
     if with_literal:
         check_losses(model, scene, dtype)

@@ -49,9 +49,9 @@ def refined(model: Any, size: int, **options: Any) -> Any:
     return with_method(model, Refine(latents=latents, is_one=True, **options))
 
 
-def runs(model: Any, size: int, device: torch.device) -> dict[str, Callable[[], None]]:
+def runs(model: Any, size: int) -> dict[str, Callable[[], None]]:
     """What is measured at one size, by the row's name."""
-    scene, with_assign = full_size.Scene(size, device), assigned(model)
+    scene, with_assign = full_size.Scene(size), assigned(model)
     models = {
         "plain": model,
         "Assign": with_assign,
@@ -86,7 +86,7 @@ def main() -> None:
     full_size.show_head()
     for size in options.sizes:
         warm_up = device.type == "cuda" or size == options.sizes[0]
-        for row in full_size.compare(runs(model, size, device), options.rounds, warm_up, device):
+        for row in full_size.compare(runs(model, size), options.rounds, warm_up, device):
             results.append({"size": size, **row})
             full_size.show_row(size, row)
     if options.json:

@@ -27,7 +27,6 @@ from .memory import PeakMemory
 from .tables import show_table
 
 GIB = 2**30
-FAMILIES = {"SD1.5": full_size.SD15, "SDXL": full_size.SDXL}
 TOKENS = 77
 SAVED = {"on": True, "off": False}
 
@@ -47,10 +46,10 @@ def said(config: dict[str, Any], size: int, recompute: bool) -> dict[str, float]
     return {"step": step / GIB, "with the weights": (step + weights) / GIB}
 
 
-def measured(model: Any, size: int, recompute: bool, device: torch.device, pooled: int) -> dict[str, float]:
+def measured(model: Any, size: int, recompute: bool, device: torch.device) -> dict[str, float]:
     """GiB that two steps take here beside the weights, and what is said of them."""
     side, width = size // 8, model.model.model_config.unet_config["context_dim"]
-    prompt = [[torch.randn(1, TOKENS, width), {"pooled_output": torch.randn(1, pooled)}]]
+    prompt = [[torch.randn(1, TOKENS, width), {"pooled_output": torch.randn(1, full_size.POOLED)}]]
     latent, masks = torch.randn(1, 4, side, side), torch.ones(1, 1, side, side)
     example = Example(latent=latent, masks=masks, concat=[], prompts=[prompt])
     tuner = Tuner(model, Tuning(steps=2, accumulate=1, recompute=recompute))
@@ -68,14 +67,14 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[512, 768, 1024], help="pixels of the side, for the first table"
     )
-    parser.add_argument("--family", choices=FAMILIES, default="SD1.5", help="for the second (default: SD1.5)")
+    parser.add_argument("--family", choices=full_size.FAMILIES, default="SD1.5", help="for the second (default: SD1.5)")
     parser.add_argument("--measure", type=int, nargs="*", default=[256, 512], help="likewise, for the second")
     parser.add_argument("--json", type=Path, help="write the rows here as well")
     options = parser.parse_args()
     device = comfy.model_management.get_torch_device()
     rows: list[dict[str, Any]] = [
         {"model": name, "pixels": size, "save_memory": saved, **said(config, size, recompute)}
-        for name, config in FAMILIES.items()
+        for name, (_, config) in full_size.FAMILIES.items()
         for size in options.sizes
         for saved, recompute in SAVED.items()
     ]
@@ -83,10 +82,10 @@ def main() -> None:
     attention: Any = comfy.ldm.modules.attention
     attention.optimized_attention = attention.attention_pytorch
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    family, pooled = options.family, full_size.FAMILIES[options.family][2]
+    family = options.family
     model = full_size.full_size_model(device, dtype, inpainting=False, family=family) if options.measure else None
     here = [
-        {"pixels": size, "save_memory": saved, **measured(model, size, recompute, device, pooled)}
+        {"pixels": size, "save_memory": saved, **measured(model, size, recompute, device)}
         for size in options.measure
         for saved, recompute in SAVED.items()
     ]

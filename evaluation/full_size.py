@@ -83,16 +83,18 @@ X4_VAE = {
 """The x4 upscaler's autoencoder, the one VAE of the host with cells of 4 pixels."""
 
 
-FAMILIES = {"SD1.5": (comfy.supported_models.SD15, SD15, 768), "SDXL": (comfy.supported_models.SDXL, SDXL, 1280)}
-"""The host's class, its configuration, and the width of a pooled prompt."""
+FAMILIES = {"SD1.5": (comfy.supported_models.SD15, SD15), "SDXL": (comfy.supported_models.SDXL, SDXL)}
+"""What the host makes a model of: its class, and the UNet's configuration."""
+POOLED = 1280
+"""The width of SDXL's pooled prompt; SD1.5 leaves it."""
 
 
 def full_size_model(
     device: torch.device, dtype: torch.dtype, inpainting: bool, family: str = "SD1.5"
 ) -> comfy.model_patcher.ModelPatcher:
     """SD1.5's UNet, 860 million weights, or SDXL's, 2570 million; 9 channels in if `inpainting`, else 4."""
-    config_class, unet, _ = FAMILIES[family]
-    config = config_class({**unet, "in_channels": 9 if inpainting else 4})
+    host_class, unet = FAMILIES[family]
+    config = host_class({**unet, "in_channels": 9 if inpainting else 4})
     config.set_inference_dtype(dtype, None)
     with torch.device(device):
         model = config.get_model({})
@@ -106,9 +108,9 @@ def full_size_model(
 class Scene:
     """One picture of `size` pixels with a square hole of a quarter of its area, and two prompts."""
 
-    def __init__(self, size: int, device: torch.device, family: str = "SD1.5"):
+    def __init__(self, size: int, family: str = "SD1.5"):
         cells = size // 8
-        _, unet, pooled = FAMILIES[family]
+        _, unet = FAMILIES[family]
         generator = torch.Generator().manual_seed(1)
         self.latent = torch.randn(1, 4, cells, cells, generator=generator)
         self.noise = torch.randn(1, 4, cells, cells, generator=generator)
@@ -120,7 +122,7 @@ class Scene:
         self.sides = []
         for _ in range(2):
             options = {
-                "pooled_output": torch.randn(1, pooled, generator=generator),
+                "pooled_output": torch.randn(1, POOLED, generator=generator),
                 # For inpainting models; others leave it.
                 "concat_latent_image": self.latent,
                 "concat_mask": self.hole,

@@ -125,11 +125,14 @@ class _Steps(Dataset[Batch]):
 
 
 def in_workers(dataset: Dataset[Item], workers: int) -> Iterator[Item]:
-    """The items of a dataset in their order, made ahead by so many processes; by this one without any, or where none forks."""
+    """The items of a dataset in their order, made ahead by so many processes, which start with the first item.
+
+    Without any, or where none can fork, this process makes them.
+    """
     # Only forked workers see a pack whose modules are named after its folder.
     workers = workers if "fork" in multiprocessing.get_all_start_methods() else 0
     context = "fork" if workers else None
-    return iter(DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context))
+    yield from DataLoader(dataset, batch_size=None, num_workers=workers, multiprocessing_context=context)
 
 
 def _optimizers(task: Task, parameters: list[torch.Tensor], settings: Settings) -> list[torch.optim.Optimizer]:

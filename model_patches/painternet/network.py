@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel, Upsample
-from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ...weights.files import differing
@@ -163,7 +163,7 @@ def _adding(scale: float, feature: torch.Tensor) -> Callable[[nn.Module, Any, to
     return lambda layer, given, output: output + scale * feature.to(output)
 
 
-def branch_model(weights: BranchWeights) -> ModelPatcher:
+def branch_model(weights: BranchWeights) -> comfy.model_patcher.ModelPatcher:
     """A file's branch as a model of the host, whose weights stay where they are between a forward and its backward pass.
 
     Raises ValueError for tensors that don't fit each other.
@@ -176,7 +176,7 @@ def branch_model(weights: BranchWeights) -> ModelPatcher:
     )
     load_weights(network, weights)
     load = comfy.model_management.get_torch_device()
-    patcher = ModelPatcher(network.eval(), load_device=load, offload_device=offload)
+    patcher = comfy.model_patcher.ModelPatcher(network.eval(), load_device=load, offload_device=offload)
     # What the host calls for a copy on another GPU.
     patcher.cached_patcher_init = (refuse_copy, ("Apply Branch",))
     return patcher

@@ -22,7 +22,7 @@ def model() -> Any:
 
 @pytest.fixture
 def scene(monkeypatch: pytest.MonkeyPatch) -> Any:
-    found = full_size.Scene(128, CPU)
+    found = full_size.Scene(128)
     for side in found.sides:
         side[0][0] = side[0][0][..., : CONTEXT_DIM["sd15"]]
     monkeypatch.setattr(full_size, "Scene", lambda *_: found)

@@ -18,7 +18,7 @@ bench = pack_module("evaluation.bench_tuning_memory")
 def test_both_tables_have_a_row_for_each_size_and_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     small = {**bench.full_size.SD15, "model_channels": 32, "num_heads": 2, "context_dim": 64}
     model = small_model("sd15", False)
-    monkeypatch.setattr(bench, "FAMILIES", {"small": small})
+    monkeypatch.setattr(bench.full_size, "FAMILIES", {"small": (None, small)})
     monkeypatch.setattr(bench.full_size, "full_size_model", lambda *_, **__: model)
     # It takes another for the whole process.
     attention = comfy.ldm.modules.attention

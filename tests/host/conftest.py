@@ -24,8 +24,8 @@ def comfyui() -> Iterator[Server]:
     checkpoint("x4", inpainting=False)
     # Before ComfyUI knew SAM 3 there is nothing to make smaller.
     further = [SMALL_SAM3] if (host_path() / "comfy" / "ldm" / "sam3").is_dir() else []
-    # As most people have it. The demo, the browser's tests and the rest are with weights that are there at once.
-    # People unpack the pack into folders of all kinds of names.
+    # Weights as most people have them; the demo's and the browser's tests' are there at once. And people unpack the pack into
+    # folders of all kinds of names.
     with Server(
         host_path(),
         Path(sys.executable),

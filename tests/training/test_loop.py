@@ -20,6 +20,7 @@ loop = pack_module("training.loop")
 narrow_taesd = pack_module("training.demo.narrow_taesd")
 vocabulary = pack_module("training.demo.vocabulary")
 scenes = pack_module("training.world.scenes")
+holes = pack_module("training.world.holes")
 VaeTask = pack_module("training.demo.vae").VaeTask
 ClassifierTask = pack_module("training.demo.classifier").ClassifierTask
 segmenter_task = pack_module("training.demo.segmenter")
@@ -319,6 +320,19 @@ def test_a_curve_of_one_point_can_be_drawn():
     assert curves.draw_curves([{"step": 20, "loss": 0.5, "other": 0.0}], "run").width > 400
 
 
+def test_processes_make_the_same_latents_in_the_same_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 2)
+    monkeypatch.setattr(latents, "_AT_ONCE", 1)
+    vae = narrow_taesd.NarrowTAESD()
+    alone, together = (
+        latents.load_latents(tmp_path / str(workers), vae, "train", 4, True, CPU, workers=workers) for workers in (0, 2)
+    )
+    for name in ("clean", "masked", "hole"):
+        assert torch.equal(getattr(alone, name), getattr(together, name))
+    pixels = latents.as_pixels(np.stack([scenes.make_scene("train", index).picture for index in range(4)]))
+    torch.testing.assert_close(together.clean, latents.encode(vae, pixels, CPU), atol=0.02, rtol=0.02)
+
+
 def test_latents_are_made_once_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 2)
     monkeypatch.setattr(latents, "_AT_ONCE", 2)
@@ -337,6 +351,11 @@ def test_latents_are_made_once_and_resumed(tmp_path, monkeypatch):
     assert made.hole.shape == (4, 1, 32, 32) and made.blank.shape == (4, 32, 32)
     pixels = latents.as_pixels(np.stack([scenes.make_scene("train", 3).picture]))
     torch.testing.assert_close(made.clean[3:], latents.encode(vae, pixels, CPU), atol=0.02, rtol=0.02)
+    hole = torch.from_numpy(holes.scene_hole("train", 3)).float()[None, None]
+    torch.testing.assert_close(
+        made.masked[3:], latents.encode(vae, latents.with_hole(pixels, hole), CPU), atol=0.02, rtol=0.02
+    )
+    torch.testing.assert_close(made.hole[3:], latents.latent_hole(hole).half())
     assert not torch.equal(made.clean, made.masked)
     # Another autoencoder has other latents.
     assert latents.fingerprint(vae.state_dict()) != latents.fingerprint(narrow_taesd.NarrowTAESD(1).state_dict())

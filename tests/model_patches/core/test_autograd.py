@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from devtools.pack import load_pack, pack_module
+from truefill_testing.dynamic_patcher import DynamicPatcher
 from truefill_testing.small_models import small_model
 
 import comfy.model_management  # isort: skip
@@ -95,31 +96,25 @@ def _saved(node: torch.autograd.graph.Node) -> list[torch.Tensor]:
 
 
 class TestWeightsThatTheHostMoves:
-    """Its dynamic VRAM is for GPUs; a patcher that says that it is dynamic is loaded again by the host as a real one."""
-
-    @pytest.fixture
-    def dynamic(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelPatcher]]:
-        class Dynamic(ModelPatcher):
-            def is_dynamic(self) -> bool:
-                return True
-
-        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Dynamic)
-        yield Dynamic
+    @pytest.fixture(autouse=True)
+    def _the_hosts_is_dynamic(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", DynamicPatcher)
+        yield
         comfy.model_management.unload_all_models()
 
     @pytest.mark.parametrize("kind", ["inpainting", "text-to-image", "transformer"])
-    def test_the_demo_model_can_be_loaded_again(self, dynamic: type[ModelPatcher], kind: str) -> None:
+    def test_the_demo_model_can_be_loaded_again(self, kind: str) -> None:
         model, *_ = demo.load_kind(kind)
-        assert type(model) is dynamic
+        assert type(model) is DynamicPatcher
         own = autograd.staying(model)
         assert type(own) is ModelPatcher and own.model is not model.model
         weights = model.model.state_dict()
         assert all(torch.equal(weight, weights[name]) for name, weight in own.model.state_dict().items())
 
-    def test_a_model_that_cant_be_gets_one_sentence(self, dynamic: type[ModelPatcher]) -> None:
+    def test_a_model_that_cant_be_gets_one_sentence(self) -> None:
         model = small_model("sd15", False)
         assert autograd.staying(model).model is model.model
-        model.__class__ = dynamic
+        model.__class__ = DynamicPatcher
         with pytest.raises(ValueError, match=r"own loaders, or start ComfyUI with --disable-dynamic-vram\.") as refused:
             autograd.staying(model)
         assert "\n" not in str(refused.value)

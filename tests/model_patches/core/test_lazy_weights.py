@@ -10,9 +10,11 @@ import torch
 
 from devtools.pack import load_pack, pack_module
 from truefill_testing.branch_files import SMALL, random_branch
+from truefill_testing.dynamic_patcher import DynamicPatcher
 from truefill_testing.scene import forget_models, patcher_of
 
 import comfy.memory_management  # isort: skip
+import comfy.model_patcher  # isort: skip
 import comfy.ops  # isort: skip
 
 load_pack()
@@ -42,6 +44,7 @@ def test_layers_have_weights_and_do_what_the_hosts_do(lazy: None, kind: str) -> 
     operations = in_memory(OPERATIONS[kind])
     linear, embedding = operations.Linear(4, 3), operations.Embedding(5, 4)
     assert (linear.weight.shape, linear.bias.shape, embedding.weight.shape) == ((3, 4), (3,), (5, 4))
+    assert not any(weight.is_meta for weight in (linear.weight, linear.bias, embedding.weight))
     state = {"weight": torch.randn(3, 4), "bias": torch.randn(3)}
     hosts = OPERATIONS[kind].Linear(4, 3)
     for layer in (linear, hosts):
@@ -54,7 +57,8 @@ def test_layers_have_weights_and_do_what_the_hosts_do(lazy: None, kind: str) -> 
     assert torch.equal(embedding(torch.tensor([3, 1])), rows[[3, 1]])
 
 
-def test_a_branch_is_loaded_and_stays(lazy: None) -> None:
+def test_a_branch_is_loaded_and_stays(lazy: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", DynamicPatcher)
     weights = readers.branch_weights(random_branch(SMALL["sd15"], 3), "a file", 16)
     model = network.branch_model(weights)
     wanted = network.network_state(weights)

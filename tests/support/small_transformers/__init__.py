@@ -46,7 +46,7 @@ _LOAD_MODEL, _LOAD_CLIP = comfy.sd.load_diffusion_model, comfy.sd.load_clip
 _LOAD_CONTROLNET, _INIT_VAE = comfy.controlnet.load_controlnet, comfy.sd.VAE.__init__
 
 
-def _in_memory() -> Any:
+def _weights_at_once() -> Any:
     """Within it the host's layers have weights at once, as these networks need, which no file fills."""
     return mock.patch.object(comfy.memory_management, "aimdo_enabled", False, create=True)
 
@@ -77,7 +77,7 @@ def _load_model(unet_path: str, *args: Any, **kwargs: Any) -> Any:
         return _LOAD_MODEL(unet_path, *args, **kwargs)
     from truefill_testing.small_transformers import small_transformer
 
-    with _in_memory():
+    with _weights_at_once():
         return small_transformer(TRANSFORMERS[path.name])
 
 
@@ -97,7 +97,7 @@ def _load_controlnet(ckpt_path: str, *args: Any, **kwargs: Any) -> Any:
     from truefill_testing.small_transformers import small_transformer
 
     cpu = torch.device("cpu")
-    with _in_memory():
+    with _weights_at_once():
         like = small_transformer("qwen_image").model.model_config.unet_config
         operations = comfy.ops.disable_weight_init
         network = QwenImageControlNetModel(4, operations=operations, **{**like, "dtype": torch.float32, "device": cpu})
