@@ -35,8 +35,11 @@ ON_OLDER_HOSTS = (
     "tests/model_patches/hd_painter/test_guidance.py",
 )
 
-# The literal forms make and drop large matrices all the time: torch asks for huge pages, and glibc hands less back at once.
-KEEP_MEMORY = {
+TESTS_VARIABLES = {
+    # Servers and commands beside each other: threads that wait for each other's cores take longer than one thread each.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # The literal forms make and drop large matrices all the time: torch asks for huge pages, and glibc hands less back at once.
     "THP_MEM_ALLOC_ENABLE": "1",
     "GLIBC_TUNABLES": f"glibc.malloc.mmap_threshold={2**30}:glibc.malloc.trim_threshold={2**31}",
 }
@@ -105,7 +108,7 @@ def _test(options: argparse.Namespace, rest: list[str]) -> int:
     if options.host is not None:
         folder = host.ensure_older(python, options.host)
         chosen += [] if rest else ON_OLDER_HOSTS
-    return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, variables=KEEP_MEMORY)
+    return _call(python, folder, "-m", "pytest", *side_by_side, *chosen, *rest, variables=TESTS_VARIABLES)
 
 
 def _lint(options: argparse.Namespace, rest: list[str]) -> int:

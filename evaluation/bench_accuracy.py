@@ -165,6 +165,10 @@ def keep(
             yield outcome
 
 
+class Incomplete(RuntimeError):
+    """A run that did not make all of its pictures, and why."""
+
+
 class Worker:
     """What makes the pictures of a run, with its models loaded once."""
 
@@ -188,18 +192,24 @@ class Worker:
             yield {"row": number, **asdict(outcome)}, picture
 
 
-def work(options: argparse.Namespace) -> None:
-    """One worker: its share of the triplets under every method, a line of JSON for each picture."""
-    share, shares, folder = options.share.split("/", 2)
+def share_of(options: argparse.Namespace, number: int, shares: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Makes a worker's share of the triplets under every method; the grid's pictures go to `folder`."""
     worker, done = Worker(options), rows_done(kept(options, tasks(options)))
     for place, index in enumerate(numbers(options)):
-        if place % int(shares) != int(share):
+        if place % shares != number:
             continue
         for outcome, picture in worker.outcomes(index, done.get(index, ())):
             if place < GRID_TRIPLETS and options.grid:
                 pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
-                Image.fromarray(pixels).save(Path(folder) / f"{place}-{outcome['row']}.png")
-            print(json.dumps(outcome), flush=True)
+                Image.fromarray(pixels).save(folder / f"{place}-{outcome['row']}.png")
+            yield outcome
+
+
+def work(options: argparse.Namespace) -> None:
+    """One worker: a line of JSON for each picture of its share."""
+    number, shares, folder = options.share.split("/", 2)
+    for outcome in share_of(options, int(number), int(shares), Path(folder)):
+        print(json.dumps(outcome), flush=True)
 
 
 def rows_done(found: Iterable[dict[str, Any]]) -> dict[int, set[int]]:
@@ -229,7 +239,7 @@ def outcomes_of(arguments: tuple[str, ...], index: int, skip: Collection[int]) -
 
 
 def outcomes_of_cluster(options: argparse.Namespace, done: dict[int, set[int]]) -> Iterator[dict[str, Any]]:
-    """The outcomes that are left, from a Dask cluster; raises RuntimeError where one fails."""
+    """The outcomes that are left, from a Dask cluster; raises Incomplete where one fails."""
     everything = set(range(len(tasks(options))))
     left = iter([index for index in numbers(options) if done.get(index, set()) < everything])
     arguments = tuple(sys.argv[1:])
@@ -246,13 +256,13 @@ def outcomes_of_cluster(options: argparse.Namespace, done: dict[int, set[int]]) 
             for future in [future for future in running if future.done()]:
                 running.remove(future)
                 if future.status != "finished":
-                    raise RuntimeError(f"The cluster failed: {future.exception()}")
+                    raise Incomplete(f"The cluster failed: {future.exception()}")
                 yield from future.result()
 
 
 def outcomes(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
-    """Starts the workers and hands on their lines; raises RuntimeError where one fails."""
-    variables = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if workers > 1 else {})
+    """Starts the workers and hands on their lines; raises Incomplete where one fails."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     lines: list[str] = []
     ready = threading.Condition()
 
@@ -290,7 +300,7 @@ def outcomes(workers: int, folder: Path) -> Iterator[dict[str, Any]]:
             for process, _, errors in started:
                 if code := process.poll():
                     tail = "\n".join(errors.read_text().splitlines()[-LOG_LINES:]) or "(nothing)"
-                    raise RuntimeError(f"A worker failed with exit status {code}; the end of what it said:\n{tail}")
+                    raise Incomplete(f"A worker failed with exit status {code}; the end of what it said:\n{tail}")
             if not waiting and all(not reader.is_alive() for _, reader, _ in started) and not lines:
                 return
     finally:
@@ -311,7 +321,7 @@ def progress(found: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]
             left = (now - started) * (total - len(collected)) / len(collected)
             print(f"  {len(collected)}/{total} pictures, {left / 60:.0f} min left", file=sys.stderr, flush=True)
     if len(collected) != total:
-        raise RuntimeError(f"{len(collected)} of {total} pictures came back.")
+        raise Incomplete(f"{len(collected)} of {total} pictures came back.")
     return collected
 
 
@@ -435,10 +445,13 @@ def main() -> int:
         done = kept(options, rows)
         left = len(rows) * len(numbers(options)) - len(done)
         try:
-            of = outcomes_of_cluster(options, rows_done(done)) if options.scheduler else outcomes(workers, folder)
+            if options.scheduler:
+                of = outcomes_of_cluster(options, rows_done(done))
+            else:
+                of = outcomes(workers, folder) if workers > 1 else share_of(options, 0, 1, folder)
             made = keep(options, rows, of) if left else ()
             found = done + progress(made, left)
-        except RuntimeError as error:
+        except Incomplete as error:
             print(f"bench accuracy: {error}", file=sys.stderr)
             return 1
         if options.grid:

@@ -165,9 +165,10 @@ def _new_name(key: str) -> str:
 
 def _config(state: Mapping[str, torch.Tensor]) -> Any:
     """transformers' GroundingDinoConfig; raises KeyError where a tensor that tells a size is missing."""
-    from transformers import GroundingDinoConfig, SwinConfig
+    from transformers import BertConfig, GroundingDinoConfig, SwinConfig
 
     swin: Any = SwinConfig
+    bert: Any = BertConfig
     width = state[f"{_SWIN}embeddings.patch_embeddings.projection.weight"].shape[0]
     blocks = re.compile(re.escape(f"{_SWIN}encoder.layers.") + r"(\d+)\.blocks\.(\d+)\.")
     found = {(int(match[1]), int(match[2])) for key in state if (match := blocks.match(key))}
@@ -184,6 +185,17 @@ def _config(state: Mapping[str, torch.Tensor]) -> Any:
             num_heads=[table.shape[1] for table in tables],
             out_indices=[2, 3, 4],
         ),
+        text_config=bert(num_hidden_layers=_layers(state, "model.text_backbone.encoder.layer.")),
+        encoder_layers=_layers(state, "model.encoder.layers."),
+        decoder_layers=_layers(state, "model.decoder.layers."),
         num_queries=state["model.query_position_embeddings.weight"].shape[0],
         d_model=state["model.text_projection.weight"].shape[0],
     )
+
+
+def _layers(state: Mapping[str, torch.Tensor], prefix: str) -> int:
+    """How many layers have keys with such a start; raises KeyError for none."""
+    found = {key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)}
+    if not found:
+        raise KeyError(prefix)
+    return len(found)

@@ -101,7 +101,7 @@ def test_captions_ask_for_every_attribute_and_are_the_same_every_time():
 
 @pytest.fixture
 def command(monkeypatch):
-    """Runs the command with further arguments in this process; its workers are processes of their own."""
+    """Runs the command with further arguments in this process; where it has several workers, these are processes of their own."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["bench_accuracy.py", *map(str, arguments)])

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from devtools.pack import host_path, pack_module
-from truefill_testing.random_dino import random_dino
+from truefill_testing.random_dino import shallow_dino
 
 metrics = pack_module("evaluation.picture_metrics")
 Detection = pack_module("imaging.detections").Detection
@@ -41,7 +41,7 @@ def sample(tmp_path_factory):
 def dino_file(tmp_path_factory) -> Path:
     """A file of the published layout."""
     path = tmp_path_factory.mktemp("dino") / "groundingdino_swint_ogc.pth"
-    torch.save(random_dino(), path)
+    torch.save(shallow_dino(), path)
     return path
 
 

@@ -17,7 +17,7 @@ from devtools.client import Client, GraphFailed, GraphRejected
 from devtools.pack import pack_module
 from devtools.server import Server
 from truefill_testing.graphs import node
-from truefill_testing.random_dino import random_dino
+from truefill_testing.random_dino import shallow_dino
 from truefill_testing.random_segmenters import small_sam
 
 # A strip of the photo: the network looks at few pixels.
@@ -36,7 +36,7 @@ def files(comfyui: Server) -> Iterator[dict[str, Path]]:
     }
     for path in found.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": {key: tensor.half() for key, tensor in random_dino().items()}}, found["detector"])
+    torch.save({"model": shallow_dino()}, found["detector"])
     torch.save(small_sam().state_dict(), found["segmenter"])
     yield found
     for path in found.values():

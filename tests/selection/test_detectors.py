@@ -17,7 +17,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings
 
 from devtools.pack import pack_module
-from truefill_testing.random_dino import PUBLISHED
+from truefill_testing.random_dino import PUBLISHED, shallow_dino
 from truefill_testing.random_tensors import squares
 
 reader = pack_module("weights.detectors")
@@ -68,6 +68,12 @@ def test_single_precision_sees_the_same(exact, dino_network) -> None:
         assert float((ours - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
     # Behind them lies the order of the places.
     assert float((output.pred_boxes - exact.pred_boxes).abs().amax(dim=2).median()) < 1e-4
+
+
+def test_the_depth_of_every_part_is_the_files() -> None:
+    config = reader.detector_from_state(shallow_dino(), "shallow.pth").config
+    assert (config.encoder_layers, config.decoder_layers, config.text_config.num_hidden_layers) == (1, 2, 1)
+    assert config.backbone_config.depths == [1, 1, 1, 1]
 
 
 @pytest.mark.skipif(PACKAGE.check(PACKAGE.name) is not True, reason=str(PACKAGE.check(PACKAGE.name)))

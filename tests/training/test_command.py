@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,9 +19,18 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from devtools.launch import command
+from devtools.pack import pack_module
 
 COMMAND = command("-p", "training.demo.command", "--device", "cpu", "--threads", "1")
 TINY = ["--batch", "1", "vae"]
+
+
+class Answer(NamedTuple):
+    """What a call in this process ended with and said."""
+
+    code: Any
+    stdout: str
+    stderr: str
 
 
 def call(runs: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -36,26 +47,22 @@ def runs(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """What the calls besides the first one write lies here."""
-    return tmp_path_factory.mktemp("out")
+@pytest.fixture
+def call_here(monkeypatch, capsys) -> Callable[..., Answer]:
+    """Calls the command in this process, for what trains nothing."""
+    # The host reads the setting when its attention is imported; this process has its own, and keeps it.
+    module = pack_module("training.demo.stages") and pack_module("training.demo.command")
+    monkeypatch.setattr(module.host_arguments, "use_pytorch_cross_attention", False)
 
+    def call(*arguments: str | Path) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
+        try:
+            code = module.main()
+        except SystemExit as end:
+            code = end.code
+        return Answer(code, *capsys.readouterr())
 
-@pytest.fixture(scope="module")
-def answers(runs, folder) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What came of the other calls by name, made two at a time: most of a call is the host's start."""
-    shutil.copytree(runs / "vae", folder / "longer" / "vae")
-    calls: dict[str, tuple[str | Path, ...]] = {
-        "longer": (folder / "longer", "--steps", "3", *TINY),
-        "samples": (runs, "samples", "--out", folder / "grids"),
-        "export": (runs, "export", "--out", folder / "files"),
-        "too early": (folder / "nothing", "text2image"),
-        "another batch": (runs, "--steps", "2", "--batch", "2", "vae"),
-        "no such device": (runs, "--device", "nonsense", "vae"),
-    }
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(calls, pool.map(lambda arguments: call(*arguments), calls.values()), strict=True))
+    return call
 
 
 def test_a_trained_stage_leaves_its_figures(runs):
@@ -65,49 +72,53 @@ def test_a_trained_stage_leaves_its_figures(runs):
     assert (state["step"], state["identity"]["steps"], state["identity"]["batch"]) == (2, 2, 1)
 
 
-def test_the_same_command_with_more_steps_goes_on(answers, folder, runs):
-    done = answers["longer"]
+def test_the_same_command_with_more_steps_goes_on(tmp_path, runs):
+    shutil.copytree(runs / "vae", tmp_path / "vae")
+    done = call(tmp_path, "--steps", "3", *TINY)
     assert done.returncode == 0, done.stderr
     assert "from step 2 of 3" in done.stdout
-    assert torch.load(folder / "longer" / "vae" / "checkpoint.pt", weights_only=True)["step"] == 3
+    assert torch.load(tmp_path / "vae" / "checkpoint.pt", weights_only=True)["step"] == 3
     # The figures are those of three steps.
-    assert (folder / "longer" / "vae" / "figures.json").read_text() != (runs / "vae" / "figures.json").read_text()
+    assert (tmp_path / "vae" / "figures.json").read_text() != (runs / "vae" / "figures.json").read_text()
 
 
-def test_what_has_been_trained_can_be_looked_at(answers, folder):
-    done = answers["samples"]
-    assert done.returncode == 0, done.stderr
+def test_what_has_been_trained_can_be_looked_at(call_here, tmp_path, runs):
+    done = call_here("--runs", runs, "samples", "--out", tmp_path)
+    assert done.code == 0, done.stderr
     for name in ("world", "vae"):
-        path = folder / "grids" / f"{name}.png"
+        path = tmp_path / f"{name}.png"
         assert str(path) in done.stdout
         with Image.open(path) as picture:
             assert len(np.unique(np.asarray(picture))) > 50
 
 
-def test_what_has_been_trained_is_exported(answers, folder):
-    done = answers["export"]
-    assert done.returncode == 0, done.stderr
-    (file,) = (folder / "files").glob("*.safetensors")
+def test_what_has_been_trained_is_exported(call_here, tmp_path, runs):
+    done = call_here("--runs", runs, "export", "--out", tmp_path)
+    assert done.code == 0, done.stderr
+    (file,) = tmp_path.glob("*.safetensors")
     assert file.name == "truefill_demo_vae.safetensors" and str(file) in done.stdout
     assert any(name.startswith("taesd_encoder.") for name in load_file(file))
-    recipe = json.loads((folder / "files" / "recipe.json").read_text())
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
     assert recipe["stages"]["vae"]["trained_steps"] == 2 and recipe["stages"]["vae"]["figures"]["psnr"] > 0
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("too early", "train the stage 'vae' first."), ("another batch", "has batch 1, this one 2.")],
+    ("inside", "arguments", "message"),
+    [
+        ("nothing", ["text2image"], "train the stage 'vae' first."),
+        ("", ["--steps", "2", "--batch", "2", "vae"], "has batch 1, this one 2."),
+    ],
 )
-def test_a_wrong_use_is_answered_in_one_line(answers, name, message):
-    done = answers[name]
-    assert done.returncode == 1
+def test_a_wrong_use_is_answered_in_one_line(call_here, runs, inside, arguments, message):
+    done = call_here("--runs", runs / inside, "--device", "cpu", "--threads", "1", *arguments)
+    assert done.code == 1
     assert done.stderr.startswith("dev.py train: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_device_that_is_not_there_is_named(answers):
-    done = answers["no such device"]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+def test_a_device_that_is_not_there_is_named(call_here, runs):
+    done = call_here("--runs", runs, "--device", "nonsense", "vae")
+    assert done.code == 2 and "Traceback" not in done.stderr
     assert "'nonsense' can't be used here" in done.stderr.splitlines()[-1]
 
 

@@ -32,6 +32,8 @@ SMALL_SAM3 = ROOT / "tests" / "support" / "small_sam3"
 """A pack for the server: without it the host would wait for layers that the file does not have."""
 SMALL_CLIP_H = ROOT / "tests" / "support" / "small_clip_h"
 """Likewise."""
+SMALL_TEXT_ENCODERS = ROOT / "tests" / "support" / "small_text_encoders"
+"""Likewise."""
 SMALL_TRANSFORMERS = ROOT / "tests" / "support" / "small_transformers"
 """Likewise, for files that are empty."""
 LAZY_WEIGHTS = ROOT / "tests" / "support" / "lazy_weights"
@@ -54,9 +56,9 @@ EMPTY = (
 
 
 def _write_detector(path: Path) -> None:
-    from truefill_testing.random_dino import random_dino
+    from truefill_testing.random_dino import shallow_dino
 
-    torch.save({"model": {name: tensor.half() for name, tensor in random_dino().items()}}, path)
+    torch.save({"model": shallow_dino()}, path)
 
 
 def _write_sam3(path: Path) -> None:
