@@ -29,11 +29,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import comfy.utils
 import numpy as np
 import torch
 from PIL import Image
@@ -79,7 +81,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", type=Path, default=FOLDER, help="folder of the demo model's files (default: weights/demo)"
     )
-    parser.add_argument("--workers", type=int, help="processes of one thread (default: one a core; 1 on a GPU)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes of one thread; 1 is this one, with torch's threads (default: one a core; 1 on a GPU)",
+    )
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
@@ -203,6 +209,17 @@ def share_of(options: argparse.Namespace, number: int, shares: int, folder: Path
                 pixels = (picture[0] * 255).round().to(torch.uint8).numpy()
                 Image.fromarray(pixels).save(folder / f"{place}-{outcome['row']}.png")
             yield outcome
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """The host draws no bar for each picture, between the lines of `progress`."""
+    before = comfy.utils.PROGRESS_BAR_ENABLED
+    comfy.utils.set_progress_bar_enabled(False)
+    try:
+        yield
+    finally:
+        comfy.utils.set_progress_bar_enabled(before)
 
 
 def work(options: argparse.Namespace) -> None:
@@ -435,7 +452,7 @@ def main() -> int:
     workers = options.workers or (1 if cuda else os.cpu_count() or 1)
     workers = min(workers, len(numbers(options)))
     where = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU"
-    machine = f"{where}, {workers} processes, torch {torch.__version__}"
+    machine = f"{where}, {workers} process{'es' if workers > 1 else ''}, torch {torch.__version__}"
     if options.scheduler:
         machine = f"a Dask cluster at {options.scheduler}"
     rows = tasks(options)
@@ -450,7 +467,8 @@ def main() -> int:
             else:
                 of = outcomes(workers, folder) if workers > 1 else share_of(options, 0, 1, folder)
             made = keep(options, rows, of) if left else ()
-            found = done + progress(made, left)
+            with without_bars():
+                found = done + progress(made, left)
         except Incomplete as error:
             print(f"bench accuracy: {error}", file=sys.stderr)
             return 1

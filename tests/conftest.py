@@ -58,6 +58,11 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    loader.ensure_host()
+    from comfy.cli_args import args
+
+    # A GPU's, as most people have it. The servers of tests/host take the host's choice for a CPU, which is another.
+    args.use_pytorch_cross_attention = True
     # The models are tiny: one thread is fastest, and rounds the same on every machine.
     torch.set_num_threads(1)
     config.pluginmanager.register(oracle.Plugin(config), "oracles")

@@ -185,7 +185,7 @@ def test_a_cluster_has_the_outcomes_of_this_machine(monkeypatch, tmp_path, capsy
             assert line.pop("seconds") > 0
         return sorted(lines, key=lambda line: (line["index"], line["settings"]["method"]))
 
-    here = run("here.jsonl", "--workers", "1")
+    here = run("here.jsonl", "--workers", "2")
     with dask_cluster(tmp_path, workers=2, variables={"TRUEFILL_HOST": str(host_path())}) as address:
         there = run("there.jsonl", "--scheduler", address)
     assert len(here) == 4 and there == here

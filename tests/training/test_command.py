@@ -50,14 +50,11 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture
 def call_here(monkeypatch, capsys) -> Callable[..., Answer]:
     """Calls the command in this process, for what trains nothing."""
-    # The host reads the setting when its attention is imported; this process has its own, and keeps it.
-    module = pack_module("training.demo.stages") and pack_module("training.demo.command")
-    monkeypatch.setattr(module.host_arguments, "use_pytorch_cross_attention", False)
 
     def call(*arguments: str | Path) -> Answer:
         monkeypatch.setattr(sys, "argv", ["command", *map(str, arguments)])
         try:
-            code = module.main()
+            code = pack_module("training.demo.command").main()
         except SystemExit as end:
             code = end.code
         return Answer(code, *capsys.readouterr())
