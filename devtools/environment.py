@@ -189,8 +189,7 @@ def ensure_packages(host_requirements: Path, venv: Path = VENV) -> Path:
     print(f"Installing into {venv.name}: torch (about 2.5 GB to download, 5.5 GB on disk), ComfyUI's requirements,")
     print("the test tools. A few minutes on the first call, nothing on the next ones.", flush=True)
     arguments = [part for path in requirements for part in ("-r", str(path))]
-    # One call for all, so that no later requirement replaces a pinned version. Python compiles what it imports; all of it
-    # would take as long as unpacking it.
+    # One call for all, so that no later requirement replaces a pinned version. Python compiles what it imports, a small part.
     pip.run(python, ["install", "--no-compile", *arguments], "Installing the packages")
     versions, broken = _inspect(venv)
     if broken:

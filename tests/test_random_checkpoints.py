@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import runpy
 
 import pytest
 import torch
 
 from devtools.pack import ensure_host
 from truefill_testing.checkpoints import FAMILIES, checkpoint, write_checkpoint
+from truefill_testing.stand_ins import SMALL_TEXT_ENCODERS
 
 CONFIG = {"sd15": "SD15", "sd2": "SD20", "sdxl": "SDXL"}
 
@@ -51,6 +53,33 @@ def test_host_loads_encodes_and_samples(family: str, inpainting: bool, caplog: p
         assert torch.isfinite(samples).all() and 0.1 < samples.std() < 1000
         image = vae.decode(samples)
         assert image.shape == (1, 128, 64, 3) and torch.isfinite(image).all() and image.std() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_servers_text_encoders_of_few_layers_encode_as_whole_ones(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_host()
+    import comfy.clip_model
+    import comfy.sd
+
+    def encoded() -> tuple[int, torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            _, clip, *_ = comfy.sd.load_checkpoint_guess_config(
+                str(checkpoint(family, inpainting=False)), output_vae=False, output_model=False
+            )
+            layers = sum(isinstance(part, comfy.clip_model.CLIPLayer) for part in clip.cond_stage_model.modules())
+            tokens = clip.tokenize("a (red:1.3) fox in the snow")
+            return layers, *clip.encode_from_tokens(tokens, return_pooled=True)
+
+    text_model = comfy.clip_model.CLIPTextModel
+    whole = encoded()
+    # Put back after the test.
+    monkeypatch.setattr(text_model, "__init__", text_model.__init__)
+    runpy.run_path(str(SMALL_TEXT_ENCODERS / "__init__.py"))
+    few = encoded()
+    assert few[0] < whole[0]
+    assert torch.equal(few[1], whole[1]) and torch.equal(few[2], whole[2])
 
 
 def test_host_takes_the_x4_upscaler_and_its_vae_for_what_they_are(caplog: pytest.LogCaptureFixture) -> None:

@@ -154,11 +154,17 @@ def test_kept_outcomes_are_gone_on_from(tmp_path, weights, command):
     assert [row["accuracy"] for row in run("--triplets", "2", "--outcomes", str(kept))] == [1.0, 1.0]
 
 
-def test_the_command_draws_captions(tmp_path, weights, command):
+def test_the_command_draws_captions_in_its_own_process_where_one_is_enough(
+    tmp_path, weights, command, monkeypatch, capsys
+):
+    monkeypatch.setattr(bench, "outcomes", None)
     options = ["--captions", "1", "--steps", "2", "--workers", "1"]
     assert command(*options, "--weights", weights, "--json", tmp_path / "rows.json") == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["method"], row["n"], row["split"]) == ("text-to-image", 1, "test") and "seam" not in row
+    # What it says, and none of the host's bars.
+    said, progress = capsys.readouterr()
+    assert " 1 process, " in said and progress == "  1/1 pictures, 0 min left\n"
 
 
 def test_the_command_says_what_it_needs(tmp_path):

@@ -15,6 +15,10 @@ PUBLISHED = json.loads((ROOT / "tests" / "data" / "groundingdino_swint.json").re
 `boxes` and `logits` (of the text's tokens): answers of the groundingdino package, 0.4.0."""
 
 _BOX_HEAD = re.compile(r"^(?:transformer\.decoder\.)?bbox_embed\.\d+\.")
+# transformers 5 ties no heads of a single layer of the decoder, and fails.
+_DEEPER = re.compile(
+    r"(encoder\.(layer|layers|text_layers|fusion_layers)|blocks)\.[1-9]\d*\.|(decoder\.layers|bbox_embed)\.([2-9]|\d\d)\."
+)
 
 
 def random_dino() -> dict[str, torch.Tensor]:
@@ -22,12 +26,6 @@ def random_dino() -> dict[str, torch.Tensor]:
     shapes = {key: shape for key, shape in PUBLISHED["shapes"].items() if not key.endswith("relative_position_index")}
     tables = ("level_embed", "tgt_embed", "embeddings.", "bias_table")
     return random_tensors(shapes, tables, lambda name: _BOX_HEAD.sub("bbox_embed.", name))
-
-
-# transformers 5 ties no heads of a single layer of the decoder, and fails.
-_DEEPER = re.compile(
-    r"(encoder\.(layer|layers|text_layers|fusion_layers)|blocks)\.[1-9]\d*\.|(decoder\.layers|bbox_embed)\.([2-9]|\d\d)\."
-)
 
 
 def shallow_dino() -> dict[str, torch.Tensor]:
