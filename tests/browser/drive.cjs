@@ -1,7 +1,7 @@
 // Drives the editor in chromium for test_editor.py (page.cjs says how): a job has "graphs": [{"name", "file", "id", "changes"}] and "help".
-// Drops each graph's file on the canvas as a person would, where there are `changes` (node type, widget, value) sets these widgets
-// and runs it, then opens the help pages of some node types. What is seen goes to standard output as JSON; whether that is right is
-// for the tests to say.
+// Drops the graphs that have `changes` (node type, widget, value) on the canvas as a person would, sets these widgets and runs them;
+// then drops every graph's file in a fresh page, and opens the help pages of some node types. What is seen goes to standard output as
+// JSON; whether that is right is for the tests to say.
 'use strict'
 
 const { READY, drawn, main, ready } = require('./page.cjs')
@@ -46,6 +46,15 @@ const seen = () => {
   return { nodes, dialogs, cut, notes: notes.map((note) => note.innerText) }
 }
 
+const picture = ([id, nodes2, before]) => {
+  const image = nodes2
+    ? document.querySelector(`[data-node-id="${id}"] img`)
+    : window.app.graph.getNodeById(id).imgs?.[0]
+  return image?.complete && image.naturalWidth && image.src !== before
+    ? { source: image.src, width: image.naturalWidth, height: image.naturalHeight }
+    : null
+}
+
 async function run(page, changes, nodes2) {
   const saveId = await page.evaluate((changes) => {
     const all = (type) => {
@@ -63,19 +72,10 @@ async function run(page, changes, nodes2) {
     window.app.canvas.centerOnNode(save)
     return save.id
   }, changes)
+  // Nodes 2.0 still shows what the graph before it made.
+  const before = (await page.evaluate(picture, [saveId, nodes2]))?.source
   await page.click('[data-testid="queue-button"]')
-  const result = await page.waitForFunction(
-    ([id, nodes2]) => {
-      const picture = nodes2
-        ? document.querySelector(`[data-node-id="${id}"] img`)
-        : window.app.graph.getNodeById(id).imgs?.[0]
-      return picture?.complete && picture.naturalWidth
-        ? { source: picture.src, width: picture.naturalWidth, height: picture.naturalHeight }
-        : null
-    },
-    [saveId, nodes2],
-    { timeout: RUN }
-  )
+  const result = await page.waitForFunction(picture, [saveId, nodes2, before], { timeout: RUN })
   // What a run still has to say the editor would show on the next graph's nodes of the same numbers.
   await page.waitForFunction(
     async () => {
@@ -117,51 +117,49 @@ async function help(page, type) {
   })
 }
 
+async function load(page, { file, id }) {
+  await drop(page, file)
+  await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
+  await drawn(page)
+  // The editor renders a note after everything else.
+  await page.locator(NOTE).filter({ visible: true }).first().waitFor({ timeout: SHOW })
+  await page.waitForFunction(
+    () => {
+      const boxes = [...document.querySelectorAll('[data-node-id]')].map((element) => element.getBoundingClientRect())
+      const before = window.boxes
+      window.boxes = JSON.stringify(boxes)
+      return window.boxes === before
+    },
+    undefined,
+    { polling: 300, timeout: SHOW }
+  )
+}
+
 main(async (page, job, report) => {
   const mode = job.nodes2 ? 'nodes2' : 'classic'
-  report.graphs = {}
-  let ran = false
-  for (const { name, file, id, changes } of job.graphs) {
-    if (job.nodes2 && ran) {
-      // Nodes 2.0 would show the pictures of the last run on this graph's nodes of the same numbers.
-      await page.reload()
-      await ready(page)
-      ran = false
-    }
-    await drop(page, file)
-    await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
+  const results = {}
+  for (const graph of job.graphs.filter(({ changes }) => changes)) {
+    await load(page, graph)
+    const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
+    results[graph.name] = await run(page, graph.changes, job.nodes2)
     await drawn(page)
-    // The editor renders a note after everything else.
-    await page.locator(NOTE).filter({ visible: true }).first().waitFor({ timeout: SHOW })
-    await page.waitForFunction(
-      () => {
-        const boxes = [...document.querySelectorAll('[data-node-id]')].map((element) => element.getBoundingClientRect())
-        const before = window.boxes
-        window.boxes = JSON.stringify(boxes)
-        return window.boxes === before
-      },
-      undefined,
-      { polling: 300, timeout: SHOW }
-    )
-    const picture = `${job.pictures}/${name}-${mode}`
+    await page.screenshot({ path: `${job.pictures}/${graph.name}-${mode}-result.png` })
+    await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
+  }
+  // Nodes 2.0 shows the pictures of a run on the next graph's nodes of the same numbers.
+  await page.reload()
+  await ready(page)
+  report.graphs = {}
+  for (const graph of job.graphs) {
+    await load(page, graph)
     const found = await page.evaluate(seen)
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
-    await page.screenshot({ path: `${picture}.png` })
-    if (changes) {
-      const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
-      found.result = await run(page, changes, job.nodes2)
-      ran = true
-      await drawn(page)
-      await page.screenshot({ path: `${picture}-result.png` })
-      await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
-    }
-    if (job.help && name === job.graphs.at(-1).name) {
-      report.help = {}
-      for (const type of job.help) {
-        report.help[type] = await help(page, type)
-        await page.screenshot({ path: `${job.pictures}/help-${type}-${mode}.png` })
-      }
-    }
-    report.graphs[name] = found
+    await page.screenshot({ path: `${job.pictures}/${graph.name}-${mode}.png` })
+    report.graphs[graph.name] = { ...found, result: results[graph.name] }
+  }
+  report.help = {}
+  for (const type of job.help) {
+    report.help[type] = await help(page, type)
+    await page.screenshot({ path: `${job.pictures}/help-${type}-${mode}.png` })
   }
 })

@@ -199,8 +199,28 @@ def test_the_graph_for_training_data_writes_a_folder_that_the_training_reads(
     assert not (comfyui.base / "elsewhere").exists()
 
 
+def halve_photos(graph: dict[str, Any]) -> None:
+    """Put photos and their masks through the host's scaling, so that two cores need seconds."""
+    for key in [key for key, node in graph.items() if node["class_type"] == "TrueFillExamplePhoto"]:
+        scaled = {"class_type": "ImageScaleBy", "inputs": {"upscale_method": "nearest-exact", "scale_by": 0.5}}
+        small, masks, small_masks, mask = (f"{key} {part}" for part in ("small", "masks", "small masks", "mask"))
+        smaller = {(key, 0): [small, 0], (key, 1): [mask, 0]}
+        for node in graph.values():
+            node["inputs"] |= {
+                name: smaller[tuple(link)]
+                for name, link in node["inputs"].items()
+                if isinstance(link, list) and tuple(link) in smaller
+            }
+        graph[small], graph[small_masks] = copy.deepcopy(scaled), copy.deepcopy(scaled)
+        graph[masks] = {"class_type": "MaskToImage", "inputs": {"mask": [key, 1]}}
+        graph[mask] = {"class_type": "ImageToMask", "inputs": {"image": [small_masks, 0], "channel": "red"}}
+        graph[small]["inputs"]["image"], graph[small_masks]["inputs"]["image"] = [key, 0], [masks, 0]
+
+
 def run_and_look_outside_the_hole(name: str, server: Client) -> None:
     graph = copy.deepcopy(api_graph(name))
+    if not every(graph, "TrueFillSegment"):
+        halve_photos(graph)
     samplers = every(graph, "KSampler")
     for sampler in samplers:
         sampler["steps"] = 2 // len(samplers)
@@ -272,7 +292,7 @@ def run_and_look_outside_the_hole(name: str, server: Client) -> None:
             hole = pack_module("imaging.mask_shapes").mask_shape(hole, "box", growth=0.0)
         known &= morphology.grow((hole > 0).float(), reach)[0, 0].numpy() == 0
         hole = hole[0, 0].numpy() == 1
-        assert 0.01 < hole.mean() < 0.5
+        assert 0.005 < hole.mean() < 0.5
         assert all((after[hole] != before[hole]).any(axis=1).mean() > 0.9 for after in results)
     assert known.mean() > 0.3
     assert all(np.array_equal(after[known], before[known]) for after in results)
