@@ -12,7 +12,8 @@ The triplets come from seeds that no training saw.
     python dev.py bench accuracy --captions 500                                            # text-to-image: no hole
 
 500 triplets take hours on two cores. With `--outcomes FILE` every picture's outcome is written there at once, and those that are
-there are not made again: the same command goes on where it was stopped.
+there are not made again: the same command goes on where it was stopped. `--again N` makes those of the first N triplets anew,
+writes none of them, and fails where they say something else: are the figures that were counted still those of this code?
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ MODULE = "evaluation.bench_accuracy"
 PLAIN = "plain"
 GRID_TRIPLETS = 8
 LOG_LINES = 15
+# What rounding on another processor may do: the share of answers that turn, and how much a method's seams change in the mean, in
+# levels.
+TURNED, MOVED = 0.1, 0.2
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -93,6 +97,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         f"{CHECKOUT} says",
     )
     parser.add_argument("--outcomes", type=Path, help="file to keep the outcomes in, and to go on from")
+    parser.add_argument(
+        "--again",
+        type=int,
+        default=0,
+        metavar="N",
+        help="make the first N triplets anew, and fail where they differ from those in --outcomes by more than rounding",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--grid", type=Path, help=f"write the pictures of the first {GRID_TRIPLETS} triplets here")
     parser.add_argument(
@@ -106,6 +117,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--check compares with plain: leave --against out.")
     if options.grid and options.outcomes:
         parser.error("--grid draws pictures that --outcomes does not keep: run it by itself, with few triplets.")
+    if options.again and not options.outcomes:
+        parser.error("--again compares with what --outcomes has: name that file, too.")
+    if options.again and options.captions:
+        parser.error("--again is for triplets: leave --captions out.")
+    if not 0 <= options.again <= options.triplets:
+        parser.error("--again is 0 or more, and no more than --triplets.")
     if min(options.triplets, options.steps) < 1 or min(options.captions, options.seed) < 0:
         parser.error("--triplets and --steps are 1 or more, --captions and --seed 0 or more.")
     return options
@@ -124,10 +141,10 @@ def numbers(options: argparse.Namespace) -> range:
     return range(options.seed, options.seed + (options.captions or options.triplets))
 
 
-def kept(options: argparse.Namespace, rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """The outcomes of `--outcomes` that belong to this run, as the workers would report them."""
+def known(options: argparse.Namespace, rows: Sequence[Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """The outcomes of `--outcomes` that belong to this run, as the workers would report them, by row and index."""
     if options.outcomes is None or not options.outcomes.exists():
-        return []
+        return {}
     wanted = {json.dumps(settings(options, row)): number for number, row in enumerate(rows)}
     found = {}
     for line in options.outcomes.read_text().splitlines():
@@ -135,7 +152,13 @@ def kept(options: argparse.Namespace, rows: Sequence[Any]) -> list[dict[str, Any
         number = wanted.get(json.dumps(outcome.pop("settings")))
         if number is not None and outcome["index"] in numbers(options):
             found[number, outcome["index"]] = {"row": number, **outcome}
-    return list(found.values())
+    return found
+
+
+def kept(options: argparse.Namespace, rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Those of them that need not be made."""
+    anew = numbers(options)[: options.again]
+    return [outcome for (_, index), outcome in known(options, rows).items() if index not in anew]
 
 
 def settings(options: argparse.Namespace, row: Any) -> dict[str, Any]:
@@ -158,8 +181,8 @@ def digest(folder: Path) -> str:
 def keep(
     options: argparse.Namespace, rows: Sequence[Any], outcomes: Iterable[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Hands the outcomes on, each after it was written to `--outcomes`."""
-    if options.outcomes is None:
+    """Hands the outcomes on, each after it was written to `--outcomes`; a run with `--again` writes nothing."""
+    if options.outcomes is None or options.again:
         yield from outcomes
         return
     with options.outcomes.open("a") as file:
@@ -382,6 +405,19 @@ def worse_than_plain(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in results if row["method"] == "PAIntA + RASG" and row.get("gain_ci95", (0.0, 0.0))[1] < 0]
 
 
+def compared(rows: Sequence[Any], pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, bool]:
+    """What pictures that were made again say beside what they said before, and whether no more than rounding is between them."""
+    turned = [now for now, then in pairs if (now["right"], now["empty"]) != (then["right"], then["empty"])]
+    names = ", ".join(f"{rows[now['row']].model} {rows[now['row']].name} {now['index']}" for now in turned)
+    moved: dict[int, list[float]] = {}
+    for now, then in pairs:
+        moved.setdefault(now["row"], []).append(abs(now["seam"] - then["seam"]))
+    most = max(sum(by) / len(by) for by in moved.values())
+    said = f"{len(pairs)} pictures made again: {len(turned)} answers differ{f' ({names})' if names else ''}, "
+    said += f"a method's seams by {most:.2f} levels in the mean at most."
+    return said, len(turned) <= TURNED * len(pairs) and most <= MOVED
+
+
 def percent(value: float) -> str:
     """A share in percent."""
     return f"{100 * value:.1f}"
@@ -459,6 +495,16 @@ def main() -> int:
     print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        before = known(options, rows)
+        anew = [(row, index) for index in numbers(options)[: options.again] for row in range(len(rows))]
+        if lacking := [key for key in anew if key not in before]:
+            row, index = lacking[0]
+            print(
+                f"bench accuracy: {options.outcomes} has no outcome of {rows[row].model} {rows[row].name}, triplet {index}, with "
+                f"these weights and settings: run the same command without --again first.",
+                file=sys.stderr,
+            )
+            return 1
         done = kept(options, rows)
         left = len(rows) * len(numbers(options)) - len(done)
         try:
@@ -484,6 +530,13 @@ def main() -> int:
         common = {"machine": machine, "split": options.split, "steps": options.steps, "cfg": options.cfg}
         options.json.write_text(json.dumps([common | result for result in results], indent=1))
     worse = worse_than_plain(results) if options.check else []
-    for row in worse:
-        print(f"{row['model']}: PAIntA + RASG is below plain by more than noise.", file=sys.stderr)
-    return 1 if worse else 0
+    complaints = [f"{row['model']}: PAIntA + RASG is below plain by more than noise." for row in worse]
+    if anew:
+        now = {(outcome["row"], outcome["index"]): outcome for outcome in found}
+        said, same = compared(rows, [(now[key], before[key]) for key in anew])
+        print(said)
+        if not same:
+            complaints.append("The figures above are no longer those of this code.")
+    for complaint in complaints:
+        print(complaint, file=sys.stderr)
+    return 1 if complaints else 0

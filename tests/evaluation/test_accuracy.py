@@ -154,6 +154,24 @@ def test_kept_outcomes_are_gone_on_from(tmp_path, weights, command):
     assert [row["accuracy"] for row in run("--triplets", "2", "--outcomes", str(kept))] == [1.0, 1.0]
 
 
+def test_pictures_made_again_are_compared_with_what_is_kept(tmp_path, weights, command, capsys):
+    kept = tmp_path / "kept.jsonl"
+    options = ["--split", "dev", "--models", "9-channel", "--methods", "plain", "--steps", "2", "--workers", "1"]
+    options += ["--triplets", "1", "--weights", weights, "--outcomes", kept]
+    assert command(*options, "--again", "1") == 1
+    assert "kept.jsonl has no outcome of 9-channel plain, triplet 0, with these weights" in capsys.readouterr().err
+    assert command(*options) == 0
+    written = kept.read_text()
+    assert command(*options, "--again", "1") == 0
+    assert "1 pictures made again: 0 answers differ, a method's seams by 0.00 levels" in capsys.readouterr().out
+    assert kept.read_text() == written
+    outcome = json.loads(written)
+    for other in ({"right": not outcome["right"]}, {"seam": outcome["seam"] + 2.0}):
+        kept.write_text(json.dumps(outcome | other) + "\n")
+        assert command(*options, "--again", "1") == 1
+        assert "no longer those of this code" in capsys.readouterr().err
+
+
 def test_the_command_draws_captions_in_its_own_process_where_one_is_enough(
     tmp_path, weights, command, monkeypatch, capsys
 ):

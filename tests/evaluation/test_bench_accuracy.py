@@ -103,6 +103,39 @@ def test_only_a_loss_beyond_noise_is_one(capsys):
         assert bool(bench.worse_than_plain([bench.summary(method, ours, plain)])) == is_worse
 
 
+def test_rounding_may_turn_an_answer_and_more_is_another_picture():
+    rows = [accuracy.Method("9-channel"), accuracy.Method("9-channel", painta=True)]
+    before = [{**outcome(index, index % 2 == 0), "row": row} for index in range(10) for row in range(2)]
+    for turned, moved, is_same in ((0, 0.0, True), (1, 0.15, True), (2, 0.0, False), (0, 0.25, False)):
+        now = [
+            {
+                **outcome(o["index"], o["right"] != (o["index"] < turned)),
+                "row": o["row"],
+                "seam": 1.0 + moved * o["row"],
+            }
+            for o in before
+        ]
+        said, same = bench.compared(rows, list(zip(now, before, strict=True)))
+        assert same == is_same
+        assert said.startswith(f"20 pictures made again: {2 * turned} answers differ")
+        # One method's alone is not lost among those of the others.
+        assert ("9-channel PAIntA 1" in said) == (turned > 1) and f"seams by {moved:.2f} levels" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--again", "2"], "--again compares with what --outcomes has"),
+        (["--again", "3", "--triplets", "2", "--outcomes", "a.jsonl"], "no more than --triplets"),
+        (["--again", "2", "--captions", "2", "--outcomes", "a.jsonl"], "leave --captions out"),
+    ],
+)
+def test_what_can_not_be_made_again_is_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
 def test_the_table_has_a_line_for_each_row(capsys):
     found = [outcome(index, index % 2 == 0) for index in range(8)]
     rows = [bench.summary(accuracy.Method("4-channel"), found, found), bench.summary(None, found, None)]
