@@ -74,14 +74,31 @@ class RowsCond:
 def with_rows(role: str, entry: dict[str, Any], latent_size: tuple[int, int]) -> dict[str, Any]:
     """A copy of a guider's conditioning entry that says in each call which rows are its own; the entry itself without text.
 
-    `role` is the guider's name for it ("positive", "negative" ...), `latent_size` (height, width) in cells.
+    `role` is the guider's name for it ("positive", "negative" ...), `latent_size` (height, width) in cells. Guiders with more
+    than two mark those that are as good as a negative prompt (Perp-Neg's empty one).
     """
     text = entry["model_conds"].get("c_crossattn")
     if text is None:
         return entry
     with torch.inference_mode(False):
-        rows = PromptRows(role != "negative", prompt_tokens(entry, text.cond))
+        is_negative = "negative" in (role, entry.get("prompt_type"))
+        rows = PromptRows(not is_negative, prompt_tokens(entry, text.cond))
     return {**entry, "model_conds": {**entry["model_conds"], ROWS_KEY: RowsCond(rows, latent_size)}}
+
+
+def with_all_rows(conds: Conds, latent_size: tuple[int, int]) -> Conds:
+    """What is evaluated at once, with the rows of entries that are none of the guider's own known as well.
+
+    Those are negative prompts: of a second model (the host's Dual Model CFG Guider), of nodes that evaluate an empty prompt.
+    """
+    return [
+        entries
+        and [
+            entry if ROWS_KEY in entry["model_conds"] else with_rows("negative", entry, latent_size)
+            for entry in entries
+        ]
+        for entries in conds
+    ]
 
 
 def has_weight(entry: dict[str, Any]) -> bool:

@@ -136,6 +136,7 @@ class _EditedAttention:
         self._layout, self._edits, self._earlier, self._who = layout, edits, earlier, who
         self._seen = 0
         self._classes: dict[tuple[int, ...], list[_QueryClass]] = {}
+        """By how many keys there are, which other packs may change from block to block, and the acting edits' numbers."""
 
     def __call__(self, chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         attend = chosen if self._earlier is None else _through(self._earlier, chosen)
@@ -151,9 +152,10 @@ class _EditedAttention:
         acting = self._acting(number)
         if not acting:
             return attend(*args, **kwargs)
-        if tuple(acting) not in self._classes:
-            self._classes[tuple(acting)] = _query_classes([self._edits[i] for i in acting], k.shape[-2], q.device)
-        classes = self._classes[tuple(acting)]
+        known = (k.shape[-2], *acting)
+        if known not in self._classes:
+            self._classes[known] = _query_classes([self._edits[i] for i in acting], k.shape[-2], q.device)
+        classes = self._classes[known]
         scales = self._scales(classes, q, k, number, given)
         return self._attend(attend, classes, scales, (q, k, v), given)
 

@@ -87,7 +87,7 @@ def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
 
     Works with the text encoders of SD1.5, SD2 and SDXL, with any single one (Qwen-Image's, Z-Image's, Flux2's, Chroma's ...) and
     with the sets in STREAMS. Weights `(word:1.3)`, `embedding:name` and prompts of any length are the host's. Raises ValueError
-    for another set of text encoders.
+    for another set of text encoders, and where those that have the words were not loaded.
     """
     text = f"{prompt}, {suffix}" if suffix else prompt
     tokens = clip.tokenize(text)
@@ -100,17 +100,31 @@ def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
     empty = clip.tokenize("", return_word_ids=True)
     found: list[torch.Tensor] = []
     for stream in streams:
+        if not any(_is_loaded(clip, encoder) for encoder in stream):
+            continue
         if set(stream) <= CLIPS:
             kinds = _kinds_of_clips([token_kinds(own[encoder], full[encoder]) for encoder in stream])
         else:
             (encoder,) = stream
             kinds = _kinds_in_template(*(_flat(of[encoder]) for of in (empty, own, full)))
         found.append(kinds)
+    if not found:
+        wanted = ", ".join(encoder for stream in streams for encoder in stream)
+        raise ValueError(
+            f"This CLIP was loaded without the text encoder(s) {wanted}, whose tokens are the words of the prompt: load it with "
+            "them, or use CLIP Text Encode."
+        )
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     return [
         [embedding, {**options, TOKENS_KEY: _of_length(found, len(options.get(T5_IDS, embedding[0])))}]
         for embedding, options in conditioning
     ]
+
+
+def _is_loaded(clip: Any, encoder: str) -> bool:
+    """Whether a CLIP has the weights of a text encoder for which it has a tokenizer; SD3 and HiDream go without some."""
+    name = f"clip_{encoder}" if encoder in CLIPS else encoder
+    return getattr(getattr(clip, "cond_stage_model", None), name, clip) is not None
 
 
 def _streams_of(tokens: dict[str, Any]) -> tuple[tuple[str, ...], ...]:

@@ -22,7 +22,7 @@ from comfy.samplers import KSAMPLER
 
 from ...imaging.masks import as_mask_batch
 from .autograd import make_weights_ordinary, staying
-from .call_rows import ROWS_KEY, Conds, PromptRows, has_weight, with_rows
+from .call_rows import ROWS_KEY, Conds, PromptRows, has_weight, with_all_rows, with_rows
 from .holes import hole_on_latent
 from .joint_attention import JointCall, install
 from .protocol import Method, MethodRun, UNetCall
@@ -367,7 +367,7 @@ class SamplingRun:
 
         for method in self._acting():
             evaluate = functools.partial(method.evaluate, evaluate)
-        return evaluate(conds)
+        return evaluate(with_all_rows(conds, self._latent_size))
 
     def _apply_model(
         self,

@@ -20,7 +20,7 @@ from .unet_attention import require_unet
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLayout:
-    """The sequence of one call. What is neither text nor image (reference pictures, registers, padding) lies beside them.
+    """The sequence of one call. What is neither text nor image (reference pictures, padding) lies beside them.
 
     Where the picture `crosses` to the text it is a sequence in thought: the image tokens attend to each other, then to the text.
     """
@@ -65,8 +65,6 @@ class Family:
     text: Callable[[Any, torch.Tensor, Mapping[str, Any]], int] = lambda network, context, inputs: context.shape[1]
     """How many tokens the text has, from the network, its context [rows, tokens, channels] and its further inputs."""
     image_first: bool = False
-    registers: str | None = None
-    """The network's attribute with how many learned tokens come before all others."""
     padded_to: str | None = None
     """The network's attribute with the number of which text and picture are padded to a multiple; it may be None."""
     references: Callable[[Any, Mapping[str, Any]], bool] | None = None
@@ -108,7 +106,7 @@ FAMILIES: dict[tuple[str, str], Family] = {
         name="Z-Image", patch="patch_size", blocks=("layers",), padded_to="pad_tokens_multiple"
     ),
     ("comfy.ldm.modules.diffusionmodules.mmdit", "OpenAISignatureMMDITWrapper"): Family(
-        name="SD3", patch="patch_size", blocks=("joint_blocks",), registers="register_length"
+        name="SD3", patch="patch_size", blocks=("joint_blocks",)
     ),
     ("comfy.ldm.krea2.model", "SingleStreamDiT"): Family(
         name="Krea2", patch="patch", blocks=("blocks",), references=_where_told
@@ -187,16 +185,14 @@ def token_layout(
     multiple = getattr(network, family.padded_to) if family.padded_to else None
     text = _padded(family.text(network, context, inputs), multiple)
     image, seen = grid[0] * grid[1], sum(height * width for height, width in pictures)
-    start = getattr(network, family.registers) if family.registers else 0
-    first, second = (image, text) if family.image_first else (text, image)
-    middle = start + first
-    parts = slice(start, middle), slice(middle, middle + second)
+    first = image if family.image_first else text
+    parts = slice(0, first), slice(first, text + image)
     return TokenLayout(
         crosses=family.crosses,
-        tokens=start + text + _padded(image, multiple) + seen,
+        tokens=text + _padded(image, multiple) + seen,
         text=parts[1] if family.image_first else parts[0],
         image=parts[0] if family.image_first else parts[1],
-        padding=slice(middle + second, middle + second + _padded(image, multiple) - image),
+        padding=slice(text + image, text + _padded(image, multiple)),
         grid=grid,
         patch=patch,
         blocks=tuple(len(getattr(network, name)) for name in family.blocks),

@@ -100,10 +100,53 @@ def test_prompts_that_the_host_evaluates_apart(family: str) -> None:
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2", "qwen_image"])
+def short_of_memory(scene: JointScene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host evaluates one prompt after the other, the negative one first."""
+    monkeypatch.setattr(type(scene.patcher), "get_free_memory", lambda self, device: 0)
+
+
+@pytest.mark.parametrize("family", ["flux", "hidream", "anima"])
+def test_a_negative_prompt_that_comes_first_waits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = JointScene(family)
+    model = with_boundary(scene, with_painta(scene))
+    expected = scene.literal(painta=1.0, boundary=1.0)
+    roles = []
+    scene.patcher.model.diffusion_model.register_forward_pre_hook(
+        lambda _network, _args, options: roles.append(options["transformer_options"]["cond_or_uncond"]),
+        with_kwargs=True,
+    )
+    short_of_memory(scene, monkeypatch)
+    assert relative_error(scene.host(model), expected) < TOLERANCE
+    assert roles[:3] == [[1], [0], [1]] and all(len(of) == 1 for of in roles)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen_image", "krea2"])
 def test_reference_pictures_stay_free(family: str) -> None:
     scene = JointScene(family, references=((6, 9), (4, 4)))
+    if family == "krea2":
+        # It reads them where it is told how.
+        for side in (scene.positive, scene.negative):
+            side[0][1]["reference_latents_method"] = "index"
+    assert relative_error(scene.host(), JointScene(family).host()) > 1e-3
     assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
+
+
+def test_reference_pictures_that_krea2_does_not_read() -> None:
+    scene, without = JointScene("krea2", references=((6, 9),)), JointScene("krea2")
+    model = with_boundary(scene, with_painta(scene))
+    assert torch.equal(scene.host(), without.host()) and torch.equal(scene.host(model), without.host(model))
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [("hidream", "concat_latent_image"), ("wan", "context_latents"), ("wan", "time_dim_concat")],
+)
+def test_inputs_that_add_tokens_somewhere_get_a_sentence(family: str, given: str) -> None:
+    scene = JointScene(family)
+    latent = scene.latent[:1]
+    scene.positive[0][1][given] = [latent] if given == "context_latents" else latent
+    with pytest.raises(ValueError, match=r"does not know where (HiDream|Wan) puts the tokens of reference pictures"):
+        scene.host(with_boundary(scene), cfg=1.0)
 
 
 @pytest.mark.parametrize("family", ["flux", "z_image", "anima"])
@@ -143,7 +186,8 @@ def test_beside_differential_diffusion(family: str) -> None:
 
     scene = JointScene(family, hole=two_holes()[:1])
     plain = scene.host(differential(scene.patcher))
-    one, other = with_boundary(scene, differential(scene.patcher)), differential(with_boundary(scene))
+    ours = with_boundary(scene, with_painta(scene))
+    one, other = with_boundary(scene, with_painta(scene, differential(scene.patcher))), differential(ours)
     assert torch.equal(scene.host(one), scene.host(other))
     assert relative_error(scene.host(one), plain) > 1e-3
 
@@ -273,6 +317,21 @@ def test_a_prompt_for_a_part_of_the_picture(family: str) -> None:
     assert not torch.equal(found[0], found[1])
 
 
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "hidream", "wan"])
+def test_prompts_for_parts_of_the_picture_beside_one_for_all_of_it(family: str) -> None:
+    """The host calls the network with each part by itself; one of them has a hole whose edge it cuts, one an odd size."""
+    scene = JointScene(family)
+    # As a noise mask the hole would make what is known the same, whatever the model says.
+    scene.mask = scene.hole
+    areas = ((8, 10, 2, 4), (7, 9, 4, 1))
+    (text, options), *_ = scene.positive
+    scene.positive = [*scene.positive, *([text.flip(1), {**options, "area": area}] for area in areas)]
+    parts = {
+        (height, width): scene.hole[..., top : top + height, left : left + width] for height, width, top, left in areas
+    }
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0, parts=parts) < TOLERANCE
+
+
 def barely_a_hole(scene: JointScene) -> torch.Tensor:
     """A hole of one pixel, by which no token is all hole: everything is known."""
     mask = torch.zeros(1, 1, *(8 * side for side in scene.hole.shape[-2:]))
@@ -314,6 +373,36 @@ def test_nothing_stays_behind_and_a_run_repeats() -> None:
     assert torch.equal(scene.host(), plain)
 
 
+def test_what_another_pack_appends_to_the_keys_is_seen_by_all() -> None:
+    """In some blocks more than in others, and in some none."""
+    layout = pack_module("model_patches.core.token_layout").TokenLayout(
+        crosses=False,
+        tokens=7,
+        text=slice(0, 3),
+        image=slice(3, 7),
+        padding=slice(7, 7),
+        grid=(2, 2),
+        patch=2,
+        blocks=(3,),
+    )
+    queries, left_out = torch.zeros(1, 7, dtype=torch.bool), torch.zeros(1, 7, dtype=torch.bool)
+    queries[:, 3:5], left_out[:, :3] = True, True
+    options: dict[str, Any] = {}
+    joint.install(options, layout, [joint.JointEdit(queries=queries, left_out=left_out)], "SBC")
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, **_: Any) -> torch.Tensor:
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    generator = torch.Generator().manual_seed(4)
+    for block, more in enumerate((2, 0, 3)):
+        q, k, v = (torch.randn(1, 7 + of, 4, generator=generator).double() for of in (0, more, more))
+        scores = q @ k.transpose(-1, -2)
+        scores[:, 3:5, :3] = -torch.inf
+        given = {"transformer_options": {"block_index": block, "block_type": "double"}}
+        ours = options["optimized_attention_override"](attend, q, k, v, 1, **given)
+        torch.testing.assert_close(ours, scores.softmax(-1) @ v)
+
+
 class Recorded:
     """An attention override of another pack, which ignores masks as fast kernels do."""
 
@@ -350,6 +439,66 @@ def test_a_pack_that_changes_the_number_of_tokens_gets_a_sentence() -> None:
     model.set_model_post_input_patch(merged)
     with pytest.raises(ValueError, match=r"Semantic Boundary expected 51 tokens .* found 30: another node merges"):
         scene.host(model)
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "anima"])
+def test_a_latent_cut_into_tiles_and_a_compiled_model_get_a_sentence(family: str) -> None:
+    from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+    scene = JointScene(family, hole=two_holes()[:1])
+    compiled = TorchCompileModel.execute(with_boundary(scene), "inductor").result[0]
+    with pytest.raises(ValueError, match=r"Semantic Boundary reads or edits attention .* TorchCompileModel"):
+        scene.host(compiled)
+
+    def in_halves(apply: Callable[..., torch.Tensor], given: dict[str, Any]) -> torch.Tensor:
+        halves = given["input"].split(7, dim=-1)
+        return torch.cat([apply(half, given["timestep"], **given["c"]) for half in halves], dim=-1)
+
+    tiled = scene.patcher.clone()
+    tiled.set_model_unet_function_wrapper(in_halves)
+    assert relative_error(scene.host(tiled), scene.host()) > 1e-3
+    with pytest.raises(ValueError, match=r"expected latents of 14x11 cells .* with 7x11: .* tiles"):
+        scene.host(with_painta(scene, with_boundary(scene, tiled)))
+
+
+def by_guider(scene: JointScene, guider: Any) -> torch.Tensor:
+    sigmas = comfy.samplers.calculate_sigmas(guider.model_patcher.model.model_sampling, "simple", 2)
+    noise_mask = scene.hole if scene.mask is None else None
+    with torch.inference_mode():
+        return guider.sample(
+            scene.noise.clone(),
+            scene.latent,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            denoise_mask=noise_mask,
+            disable_pbar=True,
+            seed=0,
+        ).clone()
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "anima"])
+def test_the_negative_prompt_of_a_second_model(family: str) -> None:
+    """The same one here: the picture is that of ordinary guidance."""
+    from comfy_extras.nodes_custom_sampler import Guider_DualModel
+
+    scene = JointScene(family)
+    model = with_boundary(scene, with_painta(scene))
+    guider = Guider_DualModel(model, small_transformer(family))
+    guider.set_conds(scene.positive, scene.negative)
+    guider.set_cfg(4.0)
+    assert relative_error(by_guider(scene, guider), scene.literal(painta=1.0, boundary=1.0)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "anima"])
+def test_perp_negs_empty_prompt_is_a_negative_one(family: str) -> None:
+    """Where it weighs the negative prompt by 0 the empty one is the negative prompt, of which no words need be known."""
+    from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+    scene = JointScene(family)
+    guider = Guider_PerpNeg(with_boundary(scene, with_painta(scene)))
+    guider.set_conds(scene.positive, scene.positive, scene.negative)
+    guider.set_cfg(4.0, 0.0)
+    assert relative_error(by_guider(scene, guider), scene.literal(painta=1.0, boundary=1.0)) < TOLERANCE
 
 
 def test_painta_needs_to_know_the_words() -> None:

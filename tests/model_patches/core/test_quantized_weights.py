@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 
 from devtools.pack import load_pack
-from truefill_testing.methods import METHODS, sampled
+from truefill_testing.methods import METHODS, TRANSFORMERS, sampled, sampled_by_transformer
 from truefill_testing.scene import forget_models, relative_error
 from truefill_testing.small_models import small_model
+from truefill_testing.small_transformers import small_transformer
 
 import comfy.model_management  # isort: skip
 import comfy.ops  # isort: skip
@@ -78,19 +79,22 @@ FORMS: dict[str, Callable[[Any], None]] = {
 
 
 @cache
-def pair(form: str, inpainting: bool) -> tuple[Any, Any]:
+def pair(form: str, make: Callable[[], Any]) -> tuple[Any, Any]:
     """A model of such weights, and one of the same numbers in float32."""
-    stored = small_model("sd15", inpainting)
+    stored = make()
     FORMS[form](stored)
-    numbers = {}
-    for name, layer in stored.model.diffusion_model.named_modules():
-        for kind, value in (("weight", getattr(layer, "weight", None)), ("bias", getattr(layer, "bias", None))):
-            if value is not None:
-                is_quantized = isinstance(value.data, QuantizedTensor)
-                numbers[f"{name}.{kind}"] = value.dequantize() if is_quantized else value.float()
-    full = small_model("sd15", inpainting)
-    full.model.diffusion_model.load_state_dict(numbers)
+    numbers = {
+        name: value.dequantize() if isinstance(value.data, QuantizedTensor) else value.float()
+        for name, value in stored.model.diffusion_model.named_parameters()
+    }
+    full = make()
+    loaded = full.model.diffusion_model.load_state_dict(numbers, strict=False)
+    assert not loaded.unexpected_keys
     return stored, full
+
+
+UNETS = {inpainting: partial(small_model, "sd15", inpainting) for inpainting in (True, False)}
+NETWORKS = {family: partial(small_transformer, family) for family in TRANSFORMERS}
 
 
 FEW = ("PAIntA, RASG", "Noise Search", "Branch", "PILOT")
@@ -101,15 +105,27 @@ FEW = ("PAIntA, RASG", "Noise Search", "Branch", "PILOT")
     ("name", "form"), [(name, "fp8") for name in METHODS if name != "none"] + [(name, "cast") for name in FEW]
 )
 def test_it_does_what_it_does_with_the_same_numbers_in_full(name: str, form: str) -> None:
-    stored, full = pair(form, METHODS[name].inpainting)
+    stored, full = pair(form, UNETS[METHODS[name].inpainting])
     assert relative_error(sampled(name, stored), sampled(name, full)) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["fp8", "cast"])
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_so_does_one_without_a_unet(family: str, form: str) -> None:
+    stored, full = pair(form, NETWORKS[family])
+    ours, expected, plain = (
+        sampled_by_transformer(family, model, acts) for model, acts in ((stored, True), (full, True), (full, False))
+    )
+    assert relative_error(plain, expected) > 1e-3
+    assert relative_error(ours, expected) < 1e-4
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_in_int8_it_changes_the_picture_as_it_does_in_full(name: str) -> None:
     """The host rounds what goes into a layer, too: the pictures differ, what the method does to them hardly does."""
     change, expected = (
-        (sampled(name, model) - sampled("none", model)).flatten() for model in pair("int8", METHODS[name].inpainting)
+        (sampled(name, model) - sampled("none", model)).flatten()
+        for model in pair("int8", UNETS[METHODS[name].inpainting])
     )
     assert float(torch.cosine_similarity(change, expected, dim=0)) > 0.95
     assert float(change.norm() / expected.norm()) == pytest.approx(1.0, abs=0.1)
@@ -117,5 +133,5 @@ def test_in_int8_it_changes_the_picture_as_it_does_in_full(name: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_they_are_other_weights(form: str) -> None:
-    stored, _ = pair(form, True)
+    stored, _ = pair(form, UNETS[True])
     assert relative_error(sampled("none", stored), sampled("none", small_model("sd15", True))) > 1e-2

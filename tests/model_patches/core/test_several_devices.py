@@ -13,9 +13,10 @@ import torch
 
 from devtools.pack import load_pack, pack_module
 from truefill_testing.branch_scene import SmallBranch
-from truefill_testing.methods import METHODS, sampled
+from truefill_testing.methods import METHODS, TRANSFORMERS, sampled, sampled_by_transformer
 from truefill_testing.scene import forget_models, relative_error
 from truefill_testing.small_models import CONTEXT_DIM, small_model
+from truefill_testing.small_transformers import small_transformer
 
 import comfy.model_management  # isort: skip
 import comfy.multigpu  # isort: skip
@@ -77,6 +78,16 @@ def test_it_does_what_it_does_on_one(name: str, used: set[torch.device]) -> None
     # Here the negative prompt waits for the positive one.
     one_by_one = name in ("PAIntA", "PAIntA, RASG", "RASG")
     assert used == set(DEVICES[:1] if one_by_one else DEVICES)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_so_does_one_without_a_unet(family: str, used: set[torch.device]) -> None:
+    patcher = small_transformer(family)
+    patcher.cached_patcher_init = (small_transformer, (family,))
+    expected = sampled_by_transformer(family, small_transformer(family))
+    assert relative_error(sampled_by_transformer(family, split_of(patcher)), expected) < 1e-4
+    # The negative prompt waits for the positive one.
+    assert used == set(DEVICES[:1])
 
 
 @pytest.mark.parametrize("comes_first", [True, False])

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from devtools.pack import load_pack
-from truefill_testing.methods import METHODS, sampled
+from truefill_testing.methods import METHODS, TRANSFORMERS, sampled, sampled_by_transformer
 from truefill_testing.scene import forget_models, patcher_of, relative_error
-from truefill_testing.small_models import small_model
+from truefill_testing.small_transformers import small_transformer
 from truefill_testing.tuned_subject import learned
 
 import comfy.model_management as host_memory  # isort: skip
@@ -33,15 +33,14 @@ def _nothing_is_loaded() -> Iterator[None]:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """From now on there is room for such a share of any model."""
+def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, int], None]:
+    """From now on there is room for such a share of a model of such a size in bytes."""
 
-    def begin(share: float) -> None:
+    def begin(share: float, size: int) -> None:
         monkeypatch.setattr(host_memory, "is_device_cpu", lambda device: False)
         if not share:
             monkeypatch.setattr(host_memory, "vram_state", host_memory.VRAMState.NO_VRAM)
             return
-        size = small_model("sd15", inpainting=False, dtype=torch.float32).model_size()
         monkeypatch.setattr(host_memory, "vram_state", host_memory.VRAMState.NORMAL_VRAM)
         # None of it is kept for what is computed.
         monkeypatch.setattr(host_memory, "minimum_inference_memory", lambda: 0)
@@ -57,10 +56,10 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def patched(patcher: Any) -> Any:
-    """The model with a LoRA's like: it changes weights of attentions and of a convolution."""
+    """The model with a LoRA's like, which changes every layer."""
     own = patcher.clone()
     weights = own.model.state_dict()
-    names = [name for name in weights if name.endswith((".to_k.weight", ".to_v.weight", "in_layers.2.weight"))]
+    names = [name for name, weight in weights.items() if name.startswith("diffusion_model.") and weight.ndim > 1]
     own.add_patches({name: ("diff", (0.1 * weights[name].flip(0),)) for name in names}, 1.0)
     return own
 
@@ -80,7 +79,9 @@ def assert_loaded(shares: list[float], share: float) -> None:
 @pytest.mark.parametrize(
     ("name", "share"), [(name, 0.0) for name in METHODS] + [("PAIntA, RASG", 0.5), ("Branch", 0.5), ("PILOT", 0.5)]
 )
-def test_it_does_what_it_does_where_there_is_enough(name: str, share: float, short: Callable[[float], None]) -> None:
+def test_it_does_what_it_does_where_there_is_enough(
+    name: str, share: float, short: Callable[[float, int], None]
+) -> None:
     def run(room: float) -> torch.Tensor:
         patcher, found = patcher_of("sd15", METHODS[name].inpainting, torch.float32), []
         made = sampled(name, patched(patcher), callback=lambda *_: found.append(loaded_share(patcher)))
@@ -90,12 +91,30 @@ def test_it_does_what_it_does_where_there_is_enough(name: str, share: float, sho
     expected = run(1.0)
     host_memory.unload_all_models()
     forget_models()
-    short(share)
+    short(share, patcher_of("sd15", False, torch.float32).model_size())
     assert relative_error(run(share), expected) < 1e-4
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["no memory", "half of it"])
-def test_a_subject_is_learned_as_where_there_is_enough(share: float, short: Callable[[float], None]) -> None:
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_so_does_one_without_a_unet(family: str, share: float, short: Callable[[float, int], None]) -> None:
+    def run(room: float, acts: bool = True) -> torch.Tensor:
+        patcher, found = small_transformer(family), []
+        made = sampled_by_transformer(
+            family, patched(patcher), acts, callback=lambda *_: found.append(loaded_share(patcher))
+        )
+        assert_loaded(found, room)
+        return made
+
+    expected = run(1.0)
+    assert relative_error(run(1.0, acts=False), expected) > 1e-3
+    host_memory.unload_all_models()
+    short(share, small_transformer(family).model_size())
+    assert relative_error(run(share), expected) < 1e-4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["no memory", "half of it"])
+def test_a_subject_is_learned_as_where_there_is_enough(share: float, short: Callable[[float, int], None]) -> None:
     def run(room: float) -> torch.Tensor:
         patcher, found = patched(patcher_of("sd15", False, torch.float32)), []
         made = learned(patcher, lambda step, loss: found.append(loaded_share(patcher)))
@@ -105,5 +124,5 @@ def test_a_subject_is_learned_as_where_there_is_enough(share: float, short: Call
     expected = run(1.0)
     host_memory.unload_all_models()
     forget_models()
-    short(share)
+    short(share, patcher_of("sd15", False, torch.float32).model_size())
     assert expected.any() and float((run(share) - expected).norm() / expected.norm()) < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import cache
 from typing import Any
 
@@ -151,13 +152,46 @@ def test_a_weight_is_no_word() -> None:
     assert words_of("flux", "a (red:1.3) rose") == "a red rose"
 
 
-def test_sd3_without_t5() -> None:
-    class ClipsAlone(Clip):
-        def embedding(self, tokens: dict[str, Any]) -> torch.Tensor:
-            return torch.zeros(1, 77, WIDTH)
+class Silent(torch.nn.Module):
+    """A text encoder that says nothing, in as many tokens as it is given."""
 
-    ((_, options),) = prompt_tokens.encode_prompt(ClipsAlone("sd3"), "a red rose")
-    assert options[prompt_tokens.TOKENS_KEY].nonzero()[:, 1].tolist() == [1, 2, 3, 4]
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def encode_token_weights(self, pairs: Any) -> tuple[Any, ...]:
+        return torch.zeros(1, len(pairs[0]), self.width), torch.zeros(1, self.width)
+
+
+def with_encoders(family: str, kind: type, **loaded: int) -> Clip:
+    """The host's text encoders of a family, of which only some are loaded."""
+    clip = Clip(family)
+    model = clip.cond_stage_model = kind(clip_l=False, clip_g=False, t5=False)
+    model.t5_attention_mask = False
+    for name, width in loaded.items():
+        setattr(model, name, Silent(width))
+    clip.embedding = lambda tokens: model.encode_token_weights(tokens)[0]
+    return clip
+
+
+@pytest.mark.parametrize(
+    ("loaded", "words"),
+    [({"clip_l": 768, "clip_g": 1280}, [1, 2, 3, 4]), ({"clip_l": 768}, [1, 2, 3, 4]), ({"t5xxl": 4096}, [0, 1, 2, 3])],
+)
+def test_sd3_with_a_part_of_its_text_encoders(loaded: dict[str, int], words: list[int]) -> None:
+    """CLIP's text begins with a token that is no word, T5's with the first word; either alone has 77."""
+    clip = with_encoders("sd3", comfy.text_encoders.sd3_clip.SD3ClipModel, **loaded)
+    ((text, options),) = prompt_tokens.encode_prompt(clip, "a red rose")
+    assert text.shape[1] == 77
+    kinds = options[prompt_tokens.TOKENS_KEY]
+    assert kinds[0, : 2 + len(words)].nonzero()[:, 0].tolist() == words
+
+
+def test_hidream_without_t5_gets_a_sentence() -> None:
+    kind = functools.partial(comfy.text_encoders.hidream.HiDreamTEModel, llama=False)
+    clip = with_encoders("hidream", kind, clip_l=768, clip_g=1280)
+    with pytest.raises(ValueError, match=r"loaded without the text encoder\(s\) t5xxl, .* use CLIP Text Encode"):
+        prompt_tokens.encode_prompt(clip, "a red rose")
 
 
 def test_an_embedding_that_the_tokens_dont_explain_gets_a_sentence() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from devtools.pack import load_pack, pack_module
 from truefill_testing.scene import TOKENS_KEY, Scene, boxes, forget_models, relative_error, token_set
-from truefill_testing.small_models import small_conditioning
+from truefill_testing.small_models import small_conditioning, small_model
 
 import comfy.model_management  # isort: skip
 import comfy.samplers  # isort: skip
@@ -191,6 +191,30 @@ class TestSamplers:
         guider = custom.Guider_DualCFG(model)
         guider.set_conds(arguments["positive"], arguments["positive"], arguments["negative"])
         guider.set_cfg(scene.CFG, scene.CFG)
+        assert_close(scene.host_by_guider(guider, sigmas), scene.host(sigmas, model))
+
+    def test_the_negative_prompt_of_a_second_model(self, scene: Scene) -> None:
+        """The same one here: the picture is that of ordinary guidance."""
+        import comfy_extras.nodes_custom_sampler as custom
+
+        arguments = scene.host_arguments()
+        model = both(scene.patcher)
+        sigmas = scene.sigmas("simple", 3)
+        guider = custom.Guider_DualModel(model, small_model(scene.family, scene.inpainting))
+        guider.set_conds(arguments["positive"], arguments["negative"])
+        guider.set_cfg(scene.CFG)
+        assert_close(scene.host_by_guider(guider, sigmas), scene.host(sigmas, model))
+
+    def test_perp_negs_empty_prompt_is_a_negative_one(self, scene: Scene) -> None:
+        """Where it weighs the negative prompt by 0 the empty one is the negative prompt."""
+        from comfy_extras.nodes_perpneg import Guider_PerpNeg
+
+        arguments = scene.host_arguments()
+        model = both(scene.patcher)
+        sigmas = scene.sigmas("simple", 3)
+        guider = Guider_PerpNeg(model)
+        guider.set_conds(arguments["positive"], arguments["positive"], arguments["negative"])
+        guider.set_cfg(scene.CFG, 0.0)
         assert_close(scene.host_by_guider(guider, sigmas), scene.host(sigmas, model))
 
 

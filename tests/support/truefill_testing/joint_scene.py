@@ -95,7 +95,7 @@ class JointScene:
                 **given,
             ).clone()
 
-    def literal(self, cfg: float = 4.0, steps: int = 2, **edits: Any) -> torch.Tensor:
+    def literal(self, cfg: float = 4.0, steps: int = 2, parts: Any = None, **edits: Any) -> torch.Tensor:
         """The same with the attention written out (`literal_joint_attention`)."""
         beside = LLAMA_TOKENS if self.family == "hidream" else 0
         of_role = [
@@ -111,6 +111,7 @@ class JointScene:
             self.hole,
             lambda roles: [of_role[role] for role in roles],
             references=self.references,
+            parts=parts,
             **edits,
         ):
             return self.host(cfg=cfg, steps=steps)

@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -124,6 +124,7 @@ def literal_joint_attention(
     boundary_layers: Layers = "all",
     painta_layers: Layers = "all",
     references: Sequence[tuple[int, int]] = (),
+    parts: Mapping[tuple[int, int], torch.Tensor] | None = None,
 ) -> Iterator[None]:
     """While it is open, `network` (a diffusion model of the host) attends as written above, whatever overrides it is given.
 
@@ -131,9 +132,11 @@ def literal_joint_attention(
     those of the first prompt's B pictures, then the second's, ...: a list, the same for every call, or a function of
     the call's transformer_options["cond_or_uncond"] (one number a prompt, 0 = positive), which a sampler gives. Where a call has
     negative rows only, their c is that of the last call with conditional rows, of the same timestep. `references`: latent sizes.
+    `parts`: the holes of calls with latents of other sizes (prompts for a part of the picture), by that size.
     """
+    layers = (boundary_layers, painta_layers)
     call = _Calls(
-        family, network, latent_size, hole, rows, boundary, painta, smooth, boundary_layers, painta_layers, references
+        family, network, latent_size, hole, rows, boundary, painta, smooth, *layers, references, dict(parts or {})
     )
     module_name, name = _FUNCTIONS[family]
     module = importlib.import_module(module_name)
@@ -285,6 +288,7 @@ class _Calls:
     boundary_layers: Layers
     painta_layers: Layers
     references: Sequence[tuple[int, int]]
+    holes: dict[tuple[int, int], torch.Tensor]
 
     def __post_init__(self) -> None:
         assert self.hole.ndim == 4 and self.hole.shape[1] == 1, self.hole.shape
@@ -292,6 +296,7 @@ class _Calls:
         assert not self.references or self.family in _WITH_REFERENCES, f"{self.family} appends no references"
         assert not getattr(self.network, "register_length", 0), "registers are no part of the text"
         assert getattr(self.network, "context_processor", None) is None
+        self.holes[self.latent_size] = self.hole
         self.grid = token_grid(self.family, self.latent_size)
         self.kinds = attention_calls(self.family, self.network)
         self.call: int | None = None  # None outside of a forward pass of `network`
@@ -304,6 +309,9 @@ class _Calls:
         self.own_c: dict[tuple[int, int], torch.Tensor] = {}
 
     def begins(self, _network: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.latent_size = (arguments[0].shape[-2], arguments[0].shape[-1])
+        self.hole = self.holes[self.latent_size]
+        self.grid = token_grid(self.family, self.latent_size)
         pictures = self.hole.shape[0]
         if callable(self.rows):
             groups = self.rows(options["transformer_options"]["cond_or_uncond"])

@@ -11,6 +11,7 @@ import torch
 from devtools.pack import load_pack, pack_module
 
 from .branch_scene import SmallBranch
+from .joint_scene import JointScene, two_holes
 from .pilot_scene import sampler
 from .scene import Scene, randn
 from .subject_weights import random_assign
@@ -25,6 +26,8 @@ _NoiseSearch = pack_module("model_patches.starts.noise_search").NoiseSearch
 _Refine = pack_module("model_patches.lar_gen.reference").Refine
 
 STEPS = 2
+TRANSFORMERS = ("flux", "z_image", "wan")
+"""Families without a UNet on which "SBC, PAIntA" is tried: with two kinds of blocks, with one, with a cross-attention."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,11 @@ def sampled(name: str, model: Any, callback: Any = None) -> torch.Tensor:
     scene.CFG = 2.0
     chosen = sampler(interval=1, iterations=1) if method.is_sampler else "euler"
     return scene.host(scene.sigmas("simple", STEPS), method.on(model), sampler=chosen, callback=callback)
+
+
+def sampled_by_transformer(family: str, model: Any, acts: bool = True, callback: Any = None) -> torch.Tensor:
+    """Two steps of SBC with PAIntA, or of neither, on a model of `small_transformer`; the final latent."""
+    scene = JointScene(family, hole=two_holes()[:1])
+    if acts:
+        model = _with_method(_with_method(model, _SemanticBoundary()), _PAIntA(end_percent=1.0))
+    return scene.host(model, callback=callback)
