@@ -76,8 +76,8 @@ class TrueFillNoiseSearch(io.ComfyNode):
             display_name="Noise Search (TrueFill)",
             category="TrueFill/4 guide",
             description="Before sampling begins, changes the noise in the hole a little, so that the prompt's attention lies "
-            "better in the hole. Costs about as much as one step of the run, and works with every sampler. For SD1.5, SD2 and "
-            "SDXL, inpainting and plain.",
+            "better in the hole. Costs about as much as one to three steps of the run, and works with every sampler. For SD1.5, "
+            "SD2 and SDXL, inpainting and plain.",
             search_aliases=["noise optimization", "initial noise", "latent optimization", "prompt neglect", "inpaint"],
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5, SD2 or SDXL model."),

@@ -288,6 +288,11 @@ def test_an_older_comfyui_lies_beside_the_pinned_one(
         host.ensure_older(Path(sys.executable), "0.1")
 
 
+def test_what_the_pack_says_it_needs_is_the_oldest_that_it_is_tested_on() -> None:
+    said = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'requires-comfyui = ">={host.OLDER[-1].comfyui}"' in said
+
+
 def test_users_own_comfyui(archive: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "My ComfyUI"
     host.unpack_once(archive(), own, PIN)

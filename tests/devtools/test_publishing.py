@@ -25,7 +25,11 @@ def test_it_fills_in_where_the_pack_and_its_pictures_are(tmp_path: Path) -> None
     tomllib = pytest.importorskip("tomllib")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text(encoding="utf-8"))
-    (step,) = [step for step in workflow["jobs"]["publish"]["steps"] if "pictures" in step.get("name", "")]
+    steps = workflow["jobs"]["publish"]["steps"]
+    (number,) = [number for number, step in enumerate(steps) if "pictures" in step.get("name", "")]
+    step, following = steps[number], steps[number + 1 :]
+    # An action may check the repository out anew, and undo it.
+    assert following and all("uses" not in later for later in following)
     known = {
         "GITHUB_REPOSITORY": "somebody/a-pack",
         "GITHUB_REF_NAME": "v0.2.0",

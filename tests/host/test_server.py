@@ -49,7 +49,9 @@ def test_pack_is_loaded_from_a_folder_of_any_name(comfyui: Server, server: Clien
         assert node["category"].startswith("TrueFill/"), name
         assert node["description"], name
     log = comfyui.log.read_text(encoding="utf-8")
-    assert "IMPORT FAILED" not in log and "Cannot import" not in log
+    failed = [line for line in log.splitlines() if "IMPORT FAILED" in line or "Cannot import" in line]
+    # ComfyUI's own before 0.30 needs a package that it does not ask for.
+    assert all("nodes_glsl" in line for line in failed), failed
 
 
 def test_the_editor_gets_our_texts_in_other_languages(server: Client) -> None:

@@ -1,0 +1,50 @@
+// Shows graphs in the editor's App mode, for test_app_mode.py: a job has "graphs": [{"name", "file", "run"}] (page.cjs says what else),
+// where `run` is {"changes": {node type: {widget: value}}, "typed"}. What is asked for goes to standard output as JSON; one to run gets
+// what is typed into its first text field, and a click on its button.
+'use strict'
+
+const { readFileSync } = require('node:fs')
+
+const { drawn, main } = require('./page.cjs')
+
+const SHOW = 15_000
+const RUN = 180_000
+const id = (name) => `[data-testid="${name}"]`
+
+const change = (changes) => {
+  for (const node of window.app.graph.nodes) {
+    for (const [name, value] of Object.entries(changes[node.type] ?? {})) {
+      node.widgets.find((widget) => widget.name === name).value = value
+    }
+  }
+}
+
+async function run(page, { typed }) {
+  await page.locator(`${id('linear-widgets')} textarea`).first().fill(typed)
+  await page.click(id('linear-run-button'))
+  const image = page.locator(`img${id('linear-image-output')}, ${id('linear-image-output')} img`).first()
+  await image.waitFor({ timeout: RUN })
+  const result = await page.waitForFunction(
+    (image) => image.complete && image.naturalWidth && { source: image.src, width: image.naturalWidth, height: image.naturalHeight },
+    await image.elementHandle(),
+    { timeout: RUN }
+  )
+  return result.jsonValue()
+}
+
+main(async (page, job, report) => {
+  report.graphs = {}
+  for (const graph of job.graphs) {
+    await page.evaluate((shown) => window.app.loadGraphData(shown), JSON.parse(readFileSync(graph.file, 'utf8')))
+    if (graph.run) await page.evaluate(change, graph.run.changes)
+    await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
+    const widgets = page.locator(id('linear-widgets'))
+    await widgets.waitFor({ timeout: SHOW })
+    await drawn(page)
+    const found = { asked: await widgets.innerText() }
+    if (graph.run) found.result = await run(page, graph.run)
+    await page.screenshot({ path: `${job.pictures}/app-${graph.name}-${job.nodes2 ? 'nodes2' : 'classic'}.png` })
+    await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
+    report.graphs[graph.name] = found
+  }
+})
