@@ -1,6 +1,6 @@
 // Shows graphs in the editor's App mode, for test_app_mode.py: a job has "graphs": [{"name", "file", "run"}] (page.cjs says what else),
-// where `run` is {"changes": {node type: {widget: value}}, "typed"}. What is asked for goes to standard output as JSON; one to run gets
-// what is typed into its first text field, and a click on its button.
+// where `run` is {"changes": {node type: {widget: value}}, "typed", "outputs"}. What is asked for goes to standard output as JSON. One to
+// run gets what is typed into its first text field and a click on its button; as many pictures as it has outputs come.
 'use strict'
 
 const { readFileSync } = require('node:fs')
@@ -19,17 +19,19 @@ const change = (changes) => {
   }
 }
 
-async function run(page, { typed }) {
+async function run(page, { typed, outputs }) {
   await page.locator(`${id('linear-widgets')} textarea`).first().fill(typed)
-  await page.click(id('linear-run-button'))
-  const image = page.locator(`img${id('linear-image-output')}, ${id('linear-image-output')} img`).first()
-  await image.waitFor({ timeout: RUN })
-  const result = await page.waitForFunction(
-    (image) => image.complete && image.naturalWidth && { source: image.src, width: image.naturalWidth, height: image.naturalHeight },
-    await image.elementHandle(),
+  await page.click(id('linear-run-button-icon'))
+  const results = await page.waitForFunction(
+    ([selector, outputs]) => {
+      const images = [...document.querySelectorAll(selector)]
+      const there = images.length === outputs && images.every((image) => image.complete && image.naturalWidth)
+      return there && images.map((image) => image.src)
+    },
+    [`img${id('linear-image-output')}, ${id('linear-image-output')} img`, outputs],
     { timeout: RUN }
   )
-  return result.jsonValue()
+  return results.jsonValue()
 }
 
 main(async (page, job, report) => {
@@ -42,7 +44,7 @@ main(async (page, job, report) => {
     await widgets.waitFor({ timeout: SHOW })
     await drawn(page)
     const found = { asked: await widgets.innerText() }
-    if (graph.run) found.result = await run(page, graph.run)
+    if (graph.run) found.results = await run(page, graph.run)
     await page.screenshot({ path: `${job.pictures}/app-${graph.name}-${job.nodes2 ? 'nodes2' : 'classic'}.png` })
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
     report.graphs[graph.name] = found
