@@ -19,7 +19,7 @@ import torch
 from .autograd import full_precision
 
 TOKENS_KEY = "truefill_prompt_tokens"
-"""Key in a CONDITIONING's options: what each token is, [1, tokens]: WORD, END, or 0 for all others."""
+"""Key in a CONDITIONING's options: what each token is, [1 or B, tokens]: WORD, END, or 0 for all others."""
 
 WORD, END = 1, 2
 
@@ -241,13 +241,13 @@ def prompt_tokens(options: dict[str, Any], text: torch.Tensor) -> PromptTokens:
     counts as a word.
     """
     length = text.shape[1]
-    kinds = torch.zeros(1, length, dtype=torch.long)
     known = options.get(TOKENS_KEY)
+    kinds = torch.zeros(1 if known is None else len(known), length, dtype=torch.long)
     if known is not None:
         raw = options.get("cross_attn")
         before = 0 if raw is None or T5_IDS in options else max(length - raw.shape[1], 0)
         shared = min(length - before, known.shape[1])
-        kinds[:, before : before + shared] = known[:1, :shared]
+        kinds[:, before : before + shared] = known[:, :shared]
     else:
         kinds[:, torch.arange(length) % CHUNK != 0] = WORD
         ends = _ends_of_texts(text, options.get("pooled_output"))

@@ -23,6 +23,7 @@ from truefill_testing.small_transformers import (
 
 ensure_host()
 
+import comfy.model_management  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 
@@ -84,6 +85,12 @@ def test_both_in_all_blocks_in_any_order(family: str) -> None:
     one, other = with_boundary(scene, with_painta(scene)), with_painta(scene, with_boundary(scene))
     assert scene.error(one, painta=1.0, boundary=1.0) < TOLERANCE
     assert torch.equal(scene.host(one), scene.host(other))
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "z_image", "sd3", "hidream", "anima"])
+def test_an_odd_height_and_an_odd_width(family: str) -> None:
+    scene = JointScene(family, hole=two_holes()[..., :13])
+    assert scene.error(with_boundary(scene, with_painta(scene)), painta=1.0, boundary=1.0) < TOLERANCE
 
 
 @pytest.mark.parametrize("layers", ["first half", "second half", "alternate"])
@@ -159,6 +166,25 @@ def test_a_picture_without_a_hole_stays_as_it_is(family: str) -> None:
     ours, plain = scene.host(model, noise_mask=None), scene.host(noise_mask=None)
     assert relative_error(ours[0], plain[0]) > 1e-2
     assert relative_error(ours[1], plain[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["flux", "z_image", "wan"])
+def test_pictures_with_a_prompt_each(family: str) -> None:
+    """In one batch each comes out as by itself."""
+    together = JointScene(family)
+    ((text, options),) = transformer_conditioning(family, 1, 9, batch=2)
+    kinds = torch.zeros(2, 9, dtype=torch.long)
+    kinds[0, [2, 3, 5]] = kinds[1, [1, 6]] = 1
+    of_each = {name: value for name, value in options.items() if isinstance(value, torch.Tensor)} | {TOKENS_KEY: kinds}
+    together.positive = [[text, options | of_each]]
+    ours = together.host(with_boundary(together, with_painta(together)))
+    for one in (slice(0, 1), slice(1, 2)):
+        alone = JointScene(family, hole=together.hole[one])
+        alone.noise, alone.latent = together.noise[one], together.latent[one]
+        alone.mask = None if together.mask is None else together.mask[one]
+        alone.positive = [[text[one], options | {name: value[one] for name, value in of_each.items()}]]
+        assert relative_error(alone.host(), alone.host(with_painta(alone))) > 1e-3
+        assert relative_error(ours[one], alone.host(with_boundary(alone, with_painta(alone)))) < TOLERANCE
 
 
 def test_a_mask_of_the_text_is_heard() -> None:
@@ -401,6 +427,33 @@ def test_what_another_pack_appends_to_the_keys_is_seen_by_all() -> None:
         given = {"transformer_options": {"block_index": block, "block_type": "double"}}
         ours = options["optimized_attention_override"](attend, q, k, v, 1, **given)
         torch.testing.assert_close(ours, scores.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_nothing_stays_behind_after_an_error(family: str) -> None:
+    scene = JointScene(family)
+    plain, expected = scene.host(), scene.host(with_boundary(scene, with_painta(scene)))
+    failing = scene.patcher.clone()
+    calls = iter(range(12))
+
+    def attend(chosen: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise comfy.model_management.InterruptProcessingException
+        return chosen(*args, **kwargs)
+
+    failing.model_options["transformer_options"]["optimized_attention_override"] = attend
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        scene.host(with_boundary(scene, with_painta(scene, failing)))
+    assert torch.equal(scene.host(), plain)
+    assert torch.equal(scene.host(with_boundary(scene, with_painta(scene))), expected)
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen_image", "anima"])
+def test_a_hole_as_large_as_the_picture_is_no_node(family: str) -> None:
+    scene = JointScene(family, hole=torch.ones(1, 1, 11, 14))
+    plain = scene.host()
+    assert torch.equal(scene.host(with_boundary(scene)), plain)
+    assert torch.equal(scene.host(with_painta(scene)), plain)
 
 
 class Recorded:
