@@ -1,13 +1,15 @@
-// Puts blueprints on the canvas in chromium, for test_blueprints.py: a job has "blueprints": [{"name", "file"}] (page.cjs says what
-// else). The first is taken out of the editor's node search. Each input without a widget gets a picture or mask of its own, the first
-// output is saved; what the editor would queue goes to standard output as JSON.
+// Puts blueprints on the canvas in chromium, for test_blueprints.py: a job has "blueprints": [{"name", "file", "changes"}] (page.cjs
+// says what else). The first is taken out of the editor's node search. Each input without a widget gets a picture or mask of its own,
+// the first output is saved; what the editor would queue goes to standard output as JSON. One that has `changes` (node type, widget,
+// value), of nodes within it, is run with them.
 'use strict'
 
 const { readFileSync } = require('node:fs')
 
-const { drawn, main } = require('./page.cjs')
+const { answered, drawn, main } = require('./page.cjs')
 
 const SHOW = 15_000
+const RUN = 180_000
 
 async function fromSearch(page, name) {
   await page.evaluate(() => window.app.graph.clear())
@@ -44,15 +46,32 @@ const wired = () => {
   }
 }
 
+const change = (changes) => {
+  for (const node of window.app.graph.nodes.find((node) => node.subgraph).subgraph.nodes) {
+    for (const [name, value] of Object.entries(changes[node.type] ?? {})) {
+      node.widgets.find((widget) => widget.name === name).value = value
+    }
+  }
+}
+
+async function run(page, job, changes) {
+  await page.evaluate(change, changes)
+  const queued = page.waitForResponse((response) => response.url().endsWith('/prompt') && response.request().method() === 'POST')
+  await page.click('[data-testid="queue-button"]')
+  const { prompt_id: id } = await (await queued).json()
+  return answered(job.address, `/history/${id}`, (history) => history[id], RUN)
+}
+
 main(async (page, job, report) => {
   report.blueprints = {}
-  for (const [turn, { name, file }] of job.blueprints.entries()) {
+  for (const [turn, { name, file, changes }] of job.blueprints.entries()) {
     // As a person finds it; the others as what the search gives, which sticks to the mouse until it is put down.
     if (turn === 0) await fromSearch(page, name)
     else await page.evaluate((graph) => window.app.loadGraphData(graph), JSON.parse(readFileSync(file, 'utf8')))
     const found = await page.evaluate(wired)
     await drawn(page)
     found.prompt = await page.evaluate(async () => (await window.app.graphToPrompt()).output)
+    if (changes) found.ended = await run(page, job, changes)
     await page.screenshot({ path: `${job.pictures}/blueprint-${name}-${job.nodes2 ? 'nodes2' : 'classic'}.png` })
     report.blueprints[name] = found
   }

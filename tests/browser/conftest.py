@@ -19,7 +19,8 @@ import pytest
 
 from devtools.pack import ROOT, host_path
 from devtools.server import Server
-from truefill_testing.stand_ins import SMALL_SAM3, place_names
+from truefill_testing.checkpoints import checkpoint
+from truefill_testing.stand_ins import CHECKPOINTS, SMALL_SAM3, SMALL_TEXT_ENCODERS, place_names
 
 PICTURES = ROOT / ".cache" / "screenshots"
 MODULES = ROOT / ".cache" / "browser" / "node_modules"
@@ -50,10 +51,13 @@ def chromium() -> str:
 
 @pytest.fixture(scope="session")
 def comfyui(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A running ComfyUI that lists the graphs' models and has none but the demo's."""
+    """A running ComfyUI that lists the graphs' models and has none but the demo's, and SD1.5-inpainting's with random weights."""
     models = tmp_path_factory.mktemp("models")
     place_names(models)
-    options = {"beside": [SMALL_SAM3], "models": [models], "log_name": "test-browser"}
+    there = models / "checkpoints" / "sd-v1-5-inpainting.safetensors"
+    there.unlink()
+    there.symlink_to(checkpoint(*CHECKPOINTS[there.name]))
+    options = {"beside": [SMALL_SAM3, SMALL_TEXT_ENCODERS], "models": [models], "log_name": "test-browser"}
     with Server(host_path(), Path(sys.executable), **options) as server:
         yield server
 

@@ -4,7 +4,7 @@
 // JSON; whether that is right is for the tests to say.
 'use strict'
 
-const { READY, drawn, main, ready } = require('./page.cjs')
+const { READY, answered, drawn, main, ready } = require('./page.cjs')
 
 const SHOW = 15_000
 const NOTE = '.comfy-markdown .tiptap, .comfy-markdown-content'
@@ -55,7 +55,7 @@ const picture = ([id, nodes2, before]) => {
     : null
 }
 
-async function run(page, changes, nodes2) {
+async function run(page, changes, { nodes2, address }) {
   const saveId = await page.evaluate((changes) => {
     const all = (type) => {
       const found = window.app.graph.nodes.filter((node) => node.type === type)
@@ -77,14 +77,7 @@ async function run(page, changes, nodes2) {
   await page.click('[data-testid="queue-button"]')
   const result = await page.waitForFunction(picture, [saveId, nodes2, before], { timeout: RUN })
   // What a run still has to say the editor would show on the next graph's nodes of the same numbers.
-  await page.waitForFunction(
-    async () => {
-      const { queue_running: running, queue_pending: pending } = await (await fetch('/queue')).json()
-      return !running.length && !pending.length
-    },
-    undefined,
-    { polling: 200, timeout: RUN }
-  )
+  await answered(address, '/queue', ({ queue_running, queue_pending }) => !queue_running.length && !queue_pending.length, RUN)
   return result.jsonValue()
 }
 
@@ -141,7 +134,7 @@ main(async (page, job, report) => {
   for (const graph of job.graphs.filter(({ changes }) => changes)) {
     await load(page, graph)
     const view = await page.evaluate(() => [...window.app.canvas.ds.offset])
-    results[graph.name] = await run(page, graph.changes, job.nodes2)
+    results[graph.name] = await run(page, graph.changes, job)
     await drawn(page)
     await page.screenshot({ path: `${job.pictures}/${graph.name}-${mode}-result.png` })
     await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)

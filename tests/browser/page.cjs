@@ -14,6 +14,16 @@ async function post(address, route, body) {
   if (!answer.ok) throw new Error(`${route} answered ${answer.status}`)
 }
 
+/** Asks ComfyUI for a route until what it answers is what is waited for, and returns that. */
+async function answered(address, route, wanted, timeout) {
+  // The page's own waitForFunction takes a promise for an answer.
+  for (const end = Date.now() + timeout; Date.now() < end; await new Promise((done) => setTimeout(done, 200))) {
+    const found = wanted(await (await fetch(address + route)).json())
+    if (found) return found
+  }
+  throw new Error(`${route} did not come to what is waited for`)
+}
+
 /** Waits until what was changed is on the screen. */
 async function drawn(page) {
   await page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))))
@@ -78,4 +88,4 @@ exports.main = (scenario) =>
     console.error(error)
     process.exitCode = 1
   })
-Object.assign(exports, { READY, drawn, ready })
+Object.assign(exports, { READY, answered, drawn, ready })

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from devtools.blueprints import BLUEPRINTS, Blueprint
-from devtools.pack import ROOT
+from devtools.pack import ROOT, pack_module
 from devtools.server import Server
 
 pytestmark = pytest.mark.browser
@@ -17,13 +21,22 @@ pytestmark = pytest.mark.browser
 Prompt = dict[str, dict[str, Any]]
 # All in both; the first is searched for.
 IN_MODE = {"classic": BLUEPRINTS, "nodes2": BLUEPRINTS[::-1]}
+# Its checkpoint is there, of random weights.
+RUN = BLUEPRINTS[0]
+CHANGES = {"KSampler": {"steps": 2}, "TrueFillCropRegion": {"native_size": 256}}
+REACH = 64
+"""How far from the hole anything may change, in pixels."""
 
 
 @pytest.fixture(scope="module")
 def report(mode: str, comfyui: Server, drive: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """What blueprints.cjs saw in the page, in this mode."""
     jobs = [
-        {"name": blueprint.name, "file": str(ROOT / "subgraphs" / f"{blueprint.name}.json")}
+        {
+            "name": blueprint.name,
+            "file": str(ROOT / "subgraphs" / f"{blueprint.name}.json"),
+            "changes": CHANGES if blueprint is RUN else None,
+        }
         for blueprint in IN_MODE[mode]
     ]
     return drive("blueprints.cjs", comfyui, mode, blueprints=jobs)
@@ -96,6 +109,22 @@ def test_each_input_goes_where_it_belongs(report: dict[str, Any], mode: str) -> 
         assert [name for name in seen["widgets"] if name in shown] == shown
         for name, key in seen["sources"].items():
             assert {link[0] for link in ends(seen["prompt"], blueprint, name)} == {key}
+
+
+def test_its_run_fills_the_hole_and_leaves_the_rest(report: dict[str, Any], comfyui: Server) -> None:
+    seen = report["blueprints"][RUN.name]
+    assert seen["ended"]["status"]["status_str"] == "success"
+    ((saved,),) = [output["images"] for output in seen["ended"]["outputs"].values() if "images" in output]
+    (source,) = {node["inputs"]["photo"] for node in seen["prompt"].values() if "photo" in node["inputs"]}
+    photo, hole = pack_module("imaging.examples").load_example(source)
+    with Image.open(io.BytesIO(comfyui.client.view(saved["filename"], saved["subfolder"]))) as picture:
+        made = torch.from_numpy(np.array(picture.convert("RGB")))
+    given = (photo[0] * 255).round().byte()
+    near = torch.nn.functional.max_pool2d(hole[:, None], 2 * REACH + 1, stride=1, padding=REACH)[0, 0] > 0
+    assert near.any() and not near.all()
+    assert torch.equal(made[~near], given[~near])
+    changed = (made.int() - given.int()).abs().amax(dim=-1)[hole[0] > 0.5]
+    assert (changed > 8).float().mean() > 0.5
 
 
 def ends_in_graph(blueprint: Blueprint, name: str) -> list[Any]:
