@@ -14,7 +14,7 @@ async function drop(page, file) {
   // The browser's own drag of a file from outside: the page reads the real file, as it does from a file manager.
   const session = await page.context().newCDPSession(page)
   // Where no graph has a node: some nodes take files for themselves.
-  const place = { x: 1600, y: 560 }
+  const place = { x: 1780, y: 560 }
   const data = { items: [], files: [file], dragOperationsMask: 1 }
   for (const type of ['dragEnter', 'dragOver', 'drop']) {
     await session.send('Input.dispatchDragEvent', { type, ...place, data })
@@ -111,8 +111,13 @@ async function help(page, type) {
 }
 
 async function load(page, { file, id }) {
+  const there = (timeout) => page.waitForFunction((id) => window.app.graph.id === id, id, { timeout })
   await drop(page, file)
-  await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
+  // A page that is still busy with a run may miss it; then a person drops it again.
+  await there(SHOW).catch(async () => {
+    await drop(page, file)
+    await there(READY)
+  })
   await drawn(page)
   // The editor renders a note after everything else.
   await page.locator(NOTE).filter({ visible: true }).first().waitFor({ timeout: SHOW })
@@ -138,6 +143,7 @@ main(async (page, job, report) => {
     await drawn(page)
     await page.screenshot({ path: `${job.pictures}/${graph.name}-${mode}-result.png` })
     await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
+    await drawn(page)
   }
   // Nodes 2.0 shows the pictures of a run on the next graph's nodes of the same numbers.
   await page.reload()
