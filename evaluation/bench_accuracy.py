@@ -29,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -52,19 +52,14 @@ from ..training.world.triplets import make_triplet
 from ..weights.demo_dit import FILE as DIT_FILE
 from ..weights.demo_model import FILES, FOLDER
 from . import accuracy
+from .accuracy_table import PAPER, PLAIN, cells, compared, summary, worse_than_plain
 from .judge import Judge
-from .metrics import mean_interval, wilson_interval
+from .outcomes import weights_digest
 from .tables import show_table
 
-# HD-Painter, table 2: Stable Inpainting 2.0 on 10,000 triplets of MSCOCO, in percent.
-PAPER = {"plain": 51.9, "PAIntA": 52.2, "RASG": 62.0, "PAIntA + RASG": 61.4}
 MODULE = "evaluation.bench_accuracy"
-PLAIN = "plain"
 GRID_TRIPLETS = 8
 LOG_LINES = 15
-# What rounding on another processor may do: the share of answers that turn, and how much a method's seams change in the mean, in
-# levels.
-TURNED, MOVED = 0.1, 0.2
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -141,7 +136,7 @@ def numbers(options: argparse.Namespace) -> range:
     return range(options.seed, options.seed + (options.captions or options.triplets))
 
 
-def known(options: argparse.Namespace, rows: Sequence[Any]) -> dict[tuple[int, int], dict[str, Any]]:
+def known_outcomes(options: argparse.Namespace, rows: Sequence[Any]) -> dict[tuple[int, int], dict[str, Any]]:
     """The outcomes of `--outcomes` that belong to this run, as the workers would report them, by row and index."""
     if options.outcomes is None or not options.outcomes.exists():
         return {}
@@ -155,27 +150,27 @@ def known(options: argparse.Namespace, rows: Sequence[Any]) -> dict[tuple[int, i
     return found
 
 
-def kept(options: argparse.Namespace, rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """Those of them that need not be made."""
-    anew = numbers(options)[: options.again]
-    return [outcome for (_, index), outcome in known(options, rows).items() if index not in anew]
+def anew(options: argparse.Namespace) -> range:
+    """The indices whose pictures are made again."""
+    return numbers(options)[: options.again]
+
+
+def kept(options: argparse.Namespace, known: Mapping[tuple[int, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the known outcomes that need not be made."""
+    return [outcome for (_, index), outcome in known.items() if index not in anew(options)]
 
 
 def settings(options: argparse.Namespace, row: Any) -> dict[str, Any]:
     """What an outcome depends on besides its index, for the line in which it is kept."""
-    common = {"weights": digest(options.weights), "split": options.split, "steps": options.steps, "cfg": options.cfg}
+    common = {
+        "weights": weights_digest(options.weights),
+        "split": options.split,
+        "steps": options.steps,
+        "cfg": options.cfg,
+    }
     if row is not None and row.model == accuracy.TRANSFORMER:
         common["weights"] += f"-{hashlib.sha256((options.weights / DIT_FILE).read_bytes()).hexdigest()[:12]}"
     return common | ({"captions": True} if row is None else {"model": row.model, "method": row.name, "eta": row.eta})
-
-
-@functools.cache
-def digest(folder: Path) -> str:
-    """Which weights these are."""
-    found = hashlib.sha256()
-    for name in sorted(FILES.values()):
-        found.update((folder / name).read_bytes())
-    return found.hexdigest()[:12]
 
 
 def keep(
@@ -223,7 +218,7 @@ class Worker:
 
 def share_of(options: argparse.Namespace, number: int, shares: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Makes a worker's share of the triplets under every method; the grid's pictures go to `folder`."""
-    worker, done = Worker(options), rows_done(kept(options, tasks(options)))
+    worker, done = Worker(options), rows_done(kept(options, known_outcomes(options, tasks(options))))
     for place, index in enumerate(numbers(options)):
         if place % shares != number:
             continue
@@ -365,93 +360,6 @@ def progress(found: Iterable[dict[str, Any]], total: int) -> list[dict[str, Any]
     return collected
 
 
-def summary(method: Any, found: list[dict[str, Any]], against: list[dict[str, Any]] | None) -> dict[str, Any]:
-    """One row of the table; `against` are the outcomes to compare with, of the same triplets in the same order."""
-    count = len(found)
-    right = sum(outcome["right"] for outcome in found)
-    row: dict[str, Any] = {
-        "method": "text-to-image" if method is None else method.name,
-        "model": "4-channel" if method is None else method.model,
-        "eta": None if method is None else method.eta,
-        "n": count,
-        "accuracy": right / count,
-        "ci95": wilson_interval(right, count),
-        "nothing": sum(outcome["empty"] for outcome in found) / count,
-        "seconds": mean_interval([outcome["seconds"] for outcome in found])[0],
-    }
-    if method is None:
-        return row
-    seam, low, high = mean_interval([outcome["seam"] for outcome in found])
-    row |= {
-        "background_max_error": max(outcome["background_error"] for outcome in found),
-        "seam": seam,
-        "seam_ci95": (low, high),
-        "paper": PAPER.get(method.name),
-    }
-    changes = [outcome["change_before"] for outcome in found if "change_before" in outcome]
-    if len(changes) == count:
-        row["background_before"] = sum(changes) / count
-    if against is not None and against is not found:
-        pairs = list(zip(found, against, strict=True))
-        gain, low, high = mean_interval([float(ours["right"]) - float(theirs["right"]) for ours, theirs in pairs])
-        row |= {"gain": gain, "gain_ci95": (low, high)}
-        rise, low, high = mean_interval([ours["seam"] - theirs["seam"] for ours, theirs in pairs])
-        row |= {"seam_rise": rise, "seam_rise_ci95": (low, high)}
-    return row
-
-
-def worse_than_plain(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of PAIntA + RASG whose whole interval of the difference to plain lies below 0."""
-    return [row for row in results if row["method"] == "PAIntA + RASG" and row.get("gain_ci95", (0.0, 0.0))[1] < 0]
-
-
-def compared(rows: Sequence[Any], pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, bool]:
-    """What pictures that were made again say beside what they said before, and whether no more than rounding is between them."""
-    turned = [now for now, then in pairs if (now["right"], now["empty"]) != (then["right"], then["empty"])]
-    names = ", ".join(f"{rows[now['row']].model} {rows[now['row']].name} {now['index']}" for now in turned)
-    moved: dict[int, list[float]] = {}
-    for now, then in pairs:
-        moved.setdefault(now["row"], []).append(abs(now["seam"] - then["seam"]))
-    most = max(sum(by) / len(by) for by in moved.values())
-    said = f"{len(pairs)} pictures made again: {len(turned)} answers differ{f' ({names})' if names else ''}, "
-    said += f"a method's seams by {most:.2f} levels in the mean at most."
-    return said, len(turned) <= TURNED * len(pairs) and most <= MOVED
-
-
-def percent(value: float) -> str:
-    """A share in percent."""
-    return f"{100 * value:.1f}"
-
-
-def cells(row: dict[str, Any], against: str = PLAIN) -> dict[str, str]:
-    """One row of the table as text, by column; shares are in percent. `against` is what it was compared with."""
-    shown = {
-        "model": row["model"],
-        "method": row["method"],
-        "eta": "" if row["eta"] is None else f"{row['eta']:g}",
-        "n": str(row["n"]),
-        "accuracy": percent(row["accuracy"]),
-        "95 %": " - ".join(map(percent, row["ci95"])),
-        f"to {against}": "",
-        "nothing": percent(row["nothing"]),
-    }
-    if "gain" in row:
-        low, high = row["gain_ci95"]
-        shown[f"to {against}"] = f"{100 * row['gain']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-    if "seam" in row:
-        low, high = row["seam_ci95"]
-        shown["background"] = f"{row['background_max_error']:g}"
-        shown["seam"] = f"{row['seam']:.2f} ({low:.2f} to {high:.2f})"
-        if against != PLAIN:
-            rise = row.get("seam_rise")
-            low, high = row.get("seam_rise_ci95", (0.0, 0.0))
-            shown[f"seam to {against}"] = "" if rise is None else f"{rise:+.2f} ({low:+.2f} to {high:+.2f})"
-        shown["paper"] = "" if row["paper"] is None else f"{row['paper']:.1f}"
-    if "background_before" in row:
-        shown["before"] = f"{row['background_before']:.1f}"
-    return shown | {"seconds": f"{row['seconds']:.2f}"}
-
-
 def write_grid(options: argparse.Namespace, rows: Sequence[Any], folder: Path) -> None:
     """The first triplets: scene, hole, and what each method made of it."""
     lines, captions = [], []
@@ -495,9 +403,9 @@ def main() -> int:
     print(f"{machine}; {options.split} split, {options.steps} steps of euler, CFG {options.cfg:g}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        before = known(options, rows)
-        anew = [(row, index) for index in numbers(options)[: options.again] for row in range(len(rows))]
-        if lacking := [key for key in anew if key not in before]:
+        before = known_outcomes(options, rows)
+        again = [(row, index) for index in anew(options) for row in range(len(rows))]
+        if lacking := [key for key in again if key not in before]:
             row, index = lacking[0]
             print(
                 f"bench accuracy: {options.outcomes} has no outcome of {rows[row].model} {rows[row].name}, triplet {index}, with "
@@ -505,7 +413,7 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 1
-        done = kept(options, rows)
+        done = kept(options, before)
         left = len(rows) * len(numbers(options)) - len(done)
         try:
             if options.scheduler:
@@ -531,9 +439,9 @@ def main() -> int:
         options.json.write_text(json.dumps([common | result for result in results], indent=1))
     worse = worse_than_plain(results) if options.check else []
     complaints = [f"{row['model']}: PAIntA + RASG is below plain by more than noise." for row in worse]
-    if anew:
+    if again:
         now = {(outcome["row"], outcome["index"]): outcome for outcome in found}
-        said, same = compared(rows, [(now[key], before[key]) for key in anew])
+        said, same = compared(rows, [(now[key], before[key]) for key in again])
         print(said)
         if not same:
             complaints.append("The figures above are no longer those of this code.")

@@ -47,10 +47,9 @@ from ..training.world.triplets import Triplet, make_triplet
 from ..weights.demo_model import FOLDER
 from ..weights.painternet import DEMO_FILE, BranchPlan, read_branch
 from . import accuracy, full_size
-from .bench_accuracy import digest
 from .judge import Judge
 from .metrics import mean_interval, wilson_interval
-from .outcomes import keep_outcome, kept_outcomes
+from .outcomes import keep_outcome, kept_outcomes, weights_digest
 from .tables import show_table, with_interval
 
 SPLIT = "test"
@@ -140,7 +139,7 @@ class Bench:
     def settings(self, row: str, options: argparse.Namespace) -> dict[str, Any]:
         """What an outcome depends on besides its shape and index."""
         stage = ROWS[row][1]
-        found = {"weights": digest(options.weights), "steps": options.steps, "cfg": options.cfg}
+        found = {"weights": weights_digest(options.weights), "steps": options.steps, "cfg": options.cfg}
         if stage is not None:
             tensors = self.network(stage).model.state_dict()
             parts = b"".join(tensors[name].float().numpy().tobytes() for name in sorted(tensors))

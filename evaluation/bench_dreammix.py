@@ -39,11 +39,10 @@ from ..training.world.scenes import render_objects
 from ..training.world.triplets import Triplet, make_triplet
 from ..weights.demo_model import FOLDER, load_demo_model
 from .accuracy import MODELS, as_image
-from .bench_accuracy import digest
 from .judge import Judge
 from .memory import PeakMemory
 from .metrics import background_error, mean_interval, seam_visibility, wilson_interval
-from .outcomes import keep_outcome, kept_outcomes
+from .outcomes import keep_outcome, kept_outcomes, weights_digest
 from .tables import show_table, with_interval
 
 SHARES = (0.0, 0.7, 0.9, 1.0)
@@ -162,7 +161,7 @@ def parse() -> argparse.Namespace:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What an outcome depends on besides its side, share and index."""
     names = ("split", "model", "steps", "cfg")
-    return {"weights": digest(options.weights), **{name: getattr(options, name) for name in names}}
+    return {"weights": weights_digest(options.weights), **{name: getattr(options, name) for name in names}}
 
 
 def summary(

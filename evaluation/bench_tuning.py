@@ -50,11 +50,10 @@ from ..training.world.scenes import make_scene
 from ..training.world.subjects import Look, Quadruple, look_of, make_quadruple
 from ..weights.demo_model import FOLDER, load_demo_model
 from .accuracy import as_image
-from .bench_accuracy import digest
 from .bench_likeness import SPLIT, LikenessJudge
 from .judge import Judge
 from .metrics import mean_interval, wilson_interval
-from .outcomes import keep_outcome, kept_outcomes
+from .outcomes import keep_outcome, kept_outcomes, weights_digest
 from .tables import show_table, with_interval
 
 TOKEN = "sks"
@@ -149,7 +148,7 @@ class Bench:
     def _file(self, number: int, decoupling: bool) -> Path:
         of, options = self._settings, self._options
         name = f"{number}-{of.steps}-{of.rank}-{of.learning_rate:g}-{'words' if decoupling else 'class'}"
-        return options.loras / digest(options.weights) / f"{name}.safetensors"
+        return options.loras / weights_digest(options.weights) / f"{name}.safetensors"
 
     @cache  # noqa: B019
     def tuned(self, number: int, decoupling: bool) -> ModelPatcher:
@@ -236,7 +235,7 @@ def parse() -> argparse.Namespace:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What an outcome depends on besides its task, row and index."""
     names = ("steps", "rank", "learning_rate", "sampling_steps", "cfg")
-    return {"weights": digest(options.weights), **{name: getattr(options, name) for name in names}}
+    return {"weights": weights_digest(options.weights), **{name: getattr(options, name) for name in names}}
 
 
 def summary(task: str, name: str, found: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..weights.demo_model import FILES
+
 Key = tuple[Any, ...]
+
+
+@functools.cache
+def weights_digest(folder: Path) -> str:
+    """Which weights of the demo model a folder has."""
+    found = hashlib.sha256()
+    for name in sorted(FILES.values()):
+        found.update((folder / name).read_bytes())
+    return found.hexdigest()[:12]
 
 
 def kept_outcomes(

@@ -16,12 +16,11 @@ import pytest
 from PIL import Image
 
 from devtools.pack import ROOT
+from truefill_testing.shipped import GRAPHS, WORKFLOWS, editor_graph
 
 pytestmark = pytest.mark.quick
 
-WORKFLOWS = ROOT / "workflows"
 HELP = ROOT / "js" / "docs"
-GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 WITHOUT_DOWNLOADS = [name for name in GRAPHS if name.endswith("_demo") or name == "try_without_downloads"]
 # A node's `pos` is the corner of its body; the title bar lies above it.
 TITLE_HEIGHT = 30
@@ -39,10 +38,6 @@ LOADERS = {
     "TrueFillLoadSubjectAdapter": "ipadapter",
 }
 SHIPPED = "demo"
-
-
-def editor_graph(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def linked_models(graph: dict[str, Any]) -> list[dict[str, str]]:

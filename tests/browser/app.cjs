@@ -5,19 +5,11 @@
 
 const { readFileSync } = require('node:fs')
 
-const { drawn, main } = require('./page.cjs')
+const { change, drawn, main } = require('./page.cjs')
 
 const SHOW = 15_000
 const RUN = 180_000
 const id = (name) => `[data-testid="${name}"]`
-
-const change = (changes) => {
-  for (const node of window.app.graph.nodes) {
-    for (const [name, value] of Object.entries(changes[node.type] ?? {})) {
-      node.widgets.find((widget) => widget.name === name).value = value
-    }
-  }
-}
 
 async function run(page, { typed, outputs }) {
   await page.locator(`${id('linear-widgets')} textarea`).first().fill(typed)
@@ -38,7 +30,7 @@ main(async (page, job, report) => {
   report.graphs = {}
   for (const graph of job.graphs) {
     await page.evaluate((shown) => window.app.loadGraphData(shown), JSON.parse(readFileSync(graph.file, 'utf8')))
-    if (graph.run) await page.evaluate(change, graph.run.changes)
+    if (graph.run) await change(page, graph.run.changes)
     await page.evaluate(() => window.app.extensionManager.command.execute('Comfy.ToggleLinear'))
     const widgets = page.locator(id('linear-widgets'))
     await widgets.waitFor({ timeout: SHOW })

@@ -6,7 +6,7 @@
 
 const { readFileSync } = require('node:fs')
 
-const { answered, drawn, main } = require('./page.cjs')
+const { answered, change, drawn, main } = require('./page.cjs')
 
 const SHOW = 15_000
 const RUN = 180_000
@@ -46,16 +46,8 @@ const wired = () => {
   }
 }
 
-const change = (changes) => {
-  for (const node of window.app.graph.nodes.find((node) => node.subgraph).subgraph.nodes) {
-    for (const [name, value] of Object.entries(changes[node.type] ?? {})) {
-      node.widgets.find((widget) => widget.name === name).value = value
-    }
-  }
-}
-
 async function run(page, job, changes) {
-  await page.evaluate(change, changes)
+  await change(page, changes)
   const queued = page.waitForResponse((response) => response.url().endsWith('/prompt') && response.request().method() === 'POST')
   await page.click('[data-testid="queue-button"]')
   const { prompt_id: id } = await (await queued).json()

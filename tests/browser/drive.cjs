@@ -4,7 +4,7 @@
 // JSON; whether that is right is for the tests to say.
 'use strict'
 
-const { READY, answered, drawn, main, ready } = require('./page.cjs')
+const { READY, answered, change, drawn, main, ready } = require('./page.cjs')
 
 const SHOW = 15_000
 const NOTE = '.comfy-markdown .tiptap, .comfy-markdown-content'
@@ -14,7 +14,7 @@ async function drop(page, file) {
   // The browser's own drag of a file from outside: the page reads the real file, as it does from a file manager.
   const session = await page.context().newCDPSession(page)
   // Where no graph has a node: some nodes take files for themselves.
-  const place = { x: 1780, y: 560 }
+  const place = { x: 1600, y: 560 }
   const data = { items: [], files: [file], dragOperationsMask: 1 }
   for (const type of ['dragEnter', 'dragOver', 'drop']) {
     await session.send('Input.dispatchDragEvent', { type, ...place, data })
@@ -56,22 +56,13 @@ const picture = ([id, nodes2, before]) => {
 }
 
 async function run(page, changes, { nodes2, address }) {
-  const saveId = await page.evaluate((changes) => {
-    const all = (type) => {
-      const found = window.app.graph.nodes.filter((node) => node.type === type)
-      if (found.length === 0) throw new Error(`no node of type ${type}`)
-      return found
-    }
-    for (const [type, values] of Object.entries(changes)) {
-      for (const [name, value] of Object.entries(values)) {
-        for (const node of all(type)) node.widgets.find((widget) => widget.name === name).value = value
-      }
-    }
-    const save = all('SaveImage').at(-1)
+  await change(page, changes)
+  const saveId = await page.evaluate(() => {
+    const save = window.app.graph.nodes.filter((node) => node.type === 'SaveImage').at(-1)
     // A picture that is not in view is not loaded.
     window.app.canvas.centerOnNode(save)
     return save.id
-  }, changes)
+  })
   // Nodes 2.0 still shows what the graph before it made.
   const before = (await page.evaluate(picture, [saveId, nodes2]))?.source
   await page.click('[data-testid="queue-button"]')
@@ -111,13 +102,10 @@ async function help(page, type) {
 }
 
 async function load(page, { file, id }) {
-  const there = (timeout) => page.waitForFunction((id) => window.app.graph.id === id, id, { timeout })
+  // While the editor still loads the graph before, it takes none.
+  await ready(page)
   await drop(page, file)
-  // A page that is still busy with a run may miss it; then a person drops it again.
-  await there(SHOW).catch(async () => {
-    await drop(page, file)
-    await there(READY)
-  })
+  await page.waitForFunction((id) => window.app.graph.id === id, id, { timeout: READY })
   await drawn(page)
   // The editor renders a note after everything else.
   await page.locator(NOTE).filter({ visible: true }).first().waitFor({ timeout: SHOW })
@@ -143,7 +131,6 @@ main(async (page, job, report) => {
     await drawn(page)
     await page.screenshot({ path: `${job.pictures}/${graph.name}-${mode}-result.png` })
     await page.evaluate((view) => window.app.canvas.ds.offset.splice(0, 2, ...view), view)
-    await drawn(page)
   }
   // Nodes 2.0 shows the pictures of a run on the next graph's nodes of the same numbers.
   await page.reload()

@@ -14,6 +14,22 @@ async function post(address, route, body) {
   if (!answer.ok) throw new Error(`${route} answered ${answer.status}`)
 }
 
+/** Sets widgets of nodes, also of those within a blueprint: {node type: {widget: value}}. */
+async function change(page, changes) {
+  await page.evaluate((changes) => {
+    const nodes = window.app.graph.nodes.flatMap((node) => node.subgraph?.nodes ?? [node])
+    for (const [type, values] of Object.entries(changes)) {
+      const found = nodes.filter((node) => node.type === type)
+      if (found.length === 0) throw new Error(`no node of type ${type}`)
+      for (const node of found) {
+        for (const [name, value] of Object.entries(values)) {
+          node.widgets.find((widget) => widget.name === name).value = value
+        }
+      }
+    }
+  }, changes)
+}
+
 /** Asks ComfyUI for a route until what it answers is what is waited for, and returns that. */
 async function answered(address, route, wanted, timeout) {
   // The page's own waitForFunction takes a promise for an answer.
@@ -88,4 +104,4 @@ exports.main = (scenario) =>
     console.error(error)
     process.exitCode = 1
   })
-Object.assign(exports, { READY, answered, drawn, ready })
+Object.assign(exports, { READY, answered, change, drawn, ready })

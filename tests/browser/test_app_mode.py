@@ -5,19 +5,17 @@ That the graphs name inputs and outputs that there are, the tests of the workflo
 
 from __future__ import annotations
 
-import json
 import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from devtools.pack import ROOT
 from devtools.server import Server
+from truefill_testing.shipped import WORKFLOWS, api_graph, editor_graph
 
 pytestmark = pytest.mark.browser
 
-WORKFLOWS = ROOT / "workflows"
 FIRST = "try_without_downloads"
 GRAPHS = {
     "classic": (FIRST, "text_inpaint_sd15"),
@@ -26,10 +24,6 @@ GRAPHS = {
 # Each its own: of a run that finds everything made App mode may miss the end.
 PROMPT = {"classic": "a white checkered heart", "nodes2": "a blue striped ring"}
 STEPS = 2
-
-
-def editor_graph(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def asked_for(name: str) -> list[str]:
@@ -62,7 +56,7 @@ def test_what_is_typed_is_what_is_run(mode: str, report: dict[str, Any], comfyui
         images = [image["filename"] for output in run["outputs"].values() for image in output.get("images", [])]
         runs.append((run["prompt"][2], sorted(images)))
     (graph,) = [graph for graph, files in runs if files == sorted(shown)]
-    expected = json.loads((WORKFLOWS / "api" / f"{FIRST}.json").read_text(encoding="utf-8"))
+    expected = api_graph(FIRST)
     for node in expected.values():
         if node["class_type"] == "KSampler":
             node["inputs"]["steps"] = STEPS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from PIL import Image
 from devtools.blueprints import BLUEPRINTS, Blueprint
 from devtools.pack import ROOT, pack_module
 from devtools.server import Server
+from truefill_testing.shipped import api_graph
 
 pytestmark = pytest.mark.browser
 
@@ -57,7 +57,7 @@ def written_out(prompt: Prompt, link: list[Any], outside: Callable[[str], bool])
 
 def shipped(blueprint: Blueprint) -> Any:
     """The same part of the graph that it is made from."""
-    prompt: Prompt = json.loads((ROOT / "workflows" / "api" / f"{blueprint.graph}.json").read_text(encoding="utf-8"))
+    prompt: Prompt = api_graph(blueprint.graph)
 
     def inside(key: str) -> bool:
         node = prompt[key]
@@ -129,7 +129,7 @@ def test_its_run_fills_the_hole_and_leaves_the_rest(report: dict[str, Any], comf
 
 def ends_in_graph(blueprint: Blueprint, name: str) -> list[Any]:
     return ends(
-        json.loads((ROOT / "workflows" / "api" / f"{blueprint.graph}.json").read_text(encoding="utf-8")),
+        api_graph(blueprint.graph),
         blueprint,
         name,
     )

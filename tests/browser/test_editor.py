@@ -7,7 +7,6 @@ the first one in both modes and the others in one, and each help page is opened 
 from __future__ import annotations
 
 import io
-import json
 import urllib.parse
 from collections.abc import Callable
 from itertools import combinations
@@ -18,12 +17,11 @@ from PIL import Image
 
 from devtools.pack import ROOT, pack_module
 from devtools.server import Server
+from truefill_testing.shipped import GRAPHS, WORKFLOWS, api_graph, editor_graph
 from truefill_testing.stand_ins import SHORT_PILOT, SHORT_TRAINING
 
 pytestmark = pytest.mark.browser
 
-WORKFLOWS = ROOT / "workflows"
-GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 STEPS, SEED = 2, 1
 MEGAPIXELS, NATIVE = 0.1, 256
 HELP = sorted(path.parent.name for path in (ROOT / "js" / "docs").glob("*/en.md"))
@@ -32,14 +30,6 @@ DEMOS = [name for name in GRAPHS if name.endswith("_demo")]
 # Whose turn it is in which mode.
 RUN_IN = {"classic": [FIRST, *DEMOS[::2]], "nodes2": [FIRST, *DEMOS[1::2]]}
 HELP_IN = {"classic": HELP[::2], "nodes2": HELP[1::2]}
-
-
-def editor_graph(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def api_graph(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def changes(name: str) -> dict[str, dict[str, Any]]:

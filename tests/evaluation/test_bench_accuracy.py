@@ -12,6 +12,7 @@ from truefill_testing.dask_cluster import dask_cluster
 
 accuracy = pack_module("evaluation.accuracy")
 bench = pack_module("evaluation.bench_accuracy")
+table = pack_module("evaluation.accuracy_table")
 
 
 def outcome(index: int, right: bool, **other: float) -> dict:
@@ -79,7 +80,7 @@ def test_every_row_can_be_asked_for_and_nothing_else(monkeypatch, capsys):
 def test_a_row_says_what_came_of_its_triplets():
     plain = [outcome(index, index < 4) for index in range(10)]
     ours = [outcome(index, index < 7, seam=3.0, background_error=0.5 * (index == 9)) for index in range(10)]
-    row = bench.summary(accuracy.Method("9-channel", painta=True, eta=0.01), ours, plain)
+    row = table.summary(accuracy.Method("9-channel", painta=True, eta=0.01), ours, plain)
     assert row["method"] == "PAIntA + RASG" and row["n"] == 10 and row["accuracy"] == 0.7
     assert row["ci95"] == pytest.approx((0.3968, 0.8922), abs=1e-3)
     # Three of ten pairs differ, all in one direction.
@@ -88,11 +89,11 @@ def test_a_row_says_what_came_of_its_triplets():
     assert row["background_max_error"] == 0.5 and row["seam"] == 3.0 and row["seconds"] == 2.0
     assert row["nothing"] == pytest.approx(0.3)
     assert row["seam_rise"] == 2.0 and row["seam_rise_ci95"] == (2.0, 2.0)
-    assert "gain" not in bench.summary(accuracy.Method("9-channel"), plain, plain)
+    assert "gain" not in table.summary(accuracy.Method("9-channel"), plain, plain)
     json.dumps(row)
-    shown = bench.cells(row, "SBC")
+    shown = table.cells(row, "SBC")
     assert shown["to SBC"] == "+30.0 (+0.1 to +59.9)" and shown["seam to SBC"] == "+2.00 (+2.00 to +2.00)"
-    assert "to plain" in bench.cells(row) and "to plain" not in shown
+    assert "to plain" in table.cells(row) and "to plain" not in shown
 
 
 def test_only_a_loss_beyond_noise_is_one(capsys):
@@ -100,7 +101,7 @@ def test_only_a_loss_beyond_noise_is_one(capsys):
     method = accuracy.Method("9-channel", painta=True, eta=0.01)
     for lost, is_worse in ((0, False), (2, False), (8, True)):
         ours = [outcome(index, index >= lost) for index in range(60)]
-        assert bool(bench.worse_than_plain([bench.summary(method, ours, plain)])) == is_worse
+        assert bool(table.worse_than_plain([table.summary(method, ours, plain)])) == is_worse
 
 
 def test_rounding_may_turn_an_answer_and_more_is_another_picture():
@@ -115,7 +116,7 @@ def test_rounding_may_turn_an_answer_and_more_is_another_picture():
             }
             for o in before
         ]
-        said, same = bench.compared(rows, list(zip(now, before, strict=True)))
+        said, same = table.compared(rows, list(zip(now, before, strict=True)))
         assert same == is_same
         assert said.startswith(f"20 pictures made again: {2 * turned} answers differ")
         # One method's alone is not lost among those of the others.
@@ -138,8 +139,8 @@ def test_what_can_not_be_made_again_is_refused(arguments, message, capsys):
 
 def test_the_table_has_a_line_for_each_row(capsys):
     found = [outcome(index, index % 2 == 0) for index in range(8)]
-    rows = [bench.summary(accuracy.Method("4-channel"), found, found), bench.summary(None, found, None)]
-    pack_module("evaluation.tables").show_table("Title", [bench.cells(row) for row in rows])
+    rows = [table.summary(accuracy.Method("4-channel"), found, found), table.summary(None, found, None)]
+    pack_module("evaluation.tables").show_table("Title", [table.cells(row) for row in rows])
     _, title, header, *lines = capsys.readouterr().out.splitlines()
     assert title == "Title"
     assert len(lines) == 2 and "accuracy" in header

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,11 @@ import torch
 from PIL import Image
 
 from devtools.client import Client, GraphFailed
-from devtools.pack import ROOT, host_path, pack_module
+from devtools.pack import host_path, pack_module
 from devtools.server import Server
+from truefill_testing.shipped import GRAPHS, WORKFLOWS, api_graph, editor_graph
 from truefill_testing.stand_ins import ANYTHING, SHORT_DREAMMIX, SHORT_PILOT, SHORT_TRAINING, THE_MOON, place_stand_ins
 
-WORKFLOWS = ROOT / "workflows"
-GRAPHS = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 FIRST = "try_without_downloads"
 # It makes data, and no picture.
 DATA = "subject_data"
@@ -29,14 +27,6 @@ EDIT = "align_edit_flux2_klein"
 # Nodes of the editor alone, which the API format leaves out.
 NOTES = ("Note", "MarkdownNote")
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-
-
-def editor_graph(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def api_graph(name: str) -> dict[str, Any]:
-    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def every(graph: dict[str, Any], class_type: str) -> list[dict[str, Any]]:
