@@ -152,10 +152,10 @@ class _EditedAttention:
         acting = self._acting(number)
         if not acting:
             return attend(*args, **kwargs)
-        known = (k.shape[-2], *acting)
-        if known not in self._classes:
-            self._classes[known] = _query_classes([self._edits[i] for i in acting], k.shape[-2], q.device)
-        classes = self._classes[known]
+        case = (k.shape[-2], *acting)
+        if case not in self._classes:
+            self._classes[case] = _query_classes([self._edits[i] for i in acting], k.shape[-2], q.device)
+        classes = self._classes[case]
         scales = self._scales(classes, q, k, number, given)
         return self._attend(attend, classes, scales, (q, k, v), given)
 

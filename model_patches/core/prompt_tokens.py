@@ -123,8 +123,8 @@ def encode_prompt(clip: Any, prompt: str, suffix: str = "") -> list[list[Any]]:
 
 def _is_loaded(clip: Any, encoder: str) -> bool:
     """Whether a CLIP has the weights of a text encoder for which it has a tokenizer; SD3 and HiDream go without some."""
-    name = f"clip_{encoder}" if encoder in CLIPS else encoder
-    return getattr(getattr(clip, "cond_stage_model", None), name, clip) is not None
+    model, name = getattr(clip, "cond_stage_model", None), f"clip_{encoder}" if encoder in CLIPS else encoder
+    return not hasattr(model, name) or getattr(model, name) is not None
 
 
 def _streams_of(tokens: dict[str, Any]) -> tuple[tuple[str, ...], ...]:

@@ -11,7 +11,7 @@ import torch
 from devtools.pack import load_pack, pack_module
 
 from .branch_scene import SmallBranch
-from .joint_scene import JointScene, two_holes
+from .joint_scene import JointScene, two_holes, with_boundary, with_painta
 from .pilot_scene import sampler
 from .scene import Scene, randn
 from .subject_weights import random_assign
@@ -69,5 +69,5 @@ def sampled_by_transformer(family: str, model: Any, acts: bool = True, callback:
     """Two steps of SBC with PAIntA, or of neither, on a model of `small_transformer`; the final latent."""
     scene = JointScene(family, hole=two_holes()[:1])
     if acts:
-        model = _with_method(_with_method(model, _SemanticBoundary()), _PAIntA(end_percent=1.0))
+        model = with_painta(scene, with_boundary(scene, model))
     return scene.host(model, callback=callback)
